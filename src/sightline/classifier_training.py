@@ -1,0 +1,342 @@
+"""Training a classifier. Cross entropy with the usual choices; staged fine-tuning with a replaced head.
+
+The two stages of the medical experiments of Opti-CAM (Zhang et al., CVIU 2024), the new head first, then all layers:
+`ClassifierConfig(epochs=60, freeze_epochs=10, lr=1e-3, lr_all=1e-5, schedule="constant", warmup=0, weight_decay=0)`.
+"""
+
+import copy
+import hashlib
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from lightning_fabric import Fabric
+from torch import Tensor, nn
+
+from sightline.classifier import Classifier, check_labels, read_logits
+from sightline.data import Batch, Indexed, Sample, batches
+from sightline.hooks import submodule
+from sightline.registry import unknown
+from sightline.training import Augment, Metrics, Precision, Progress, fit, generator
+
+
+@dataclass(frozen=True)
+class ClassifierConfig:
+    """How a classifier is trained.
+
+    During the first `freeze_epochs` epochs the layers whose names begin with a name in `freeze` (by default all but
+    the head) stay as they are, batch-norm statistics included; then everything learns at `lr_all` (by default `lr`),
+    with a schedule of its own. `warmup` is in epochs; `step` multiplies by `decay` every `decay_every` epochs.
+    `augment` is "none" or names of `AUGMENTATIONS` joined by "+", applied in that order.
+
+    Raises:
+        ValueError: numbers out of range, or settings of a first stage that has no epochs.
+        LookupError: an unknown augmentation.
+    """
+
+    epochs: int = 20
+    batch: int = 64
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    lr: float = 0.05
+    lr_all: float | None = None
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    schedule: Literal["cosine", "step", "constant"] = "cosine"
+    warmup: float = 1.0
+    decay: float = 0.1
+    decay_every: int = 20
+    label_smoothing: float = 0.0
+    freeze: tuple[str, ...] = ()
+    freeze_epochs: int = 0
+    augment: str = "flip+crop"
+    precision: Precision = "32-true"
+
+    def __post_init__(self) -> None:
+        augmentation(self.augment)
+        for name, known in (("optimizer", ("sgd", "adamw")), ("schedule", ("cosine", "step", "constant"))):
+            if getattr(self, name) not in known:
+                raise ValueError(f"expected {name} to be one of {', '.join(known)}, got {getattr(self, name)!r}")
+        if min(self.epochs, self.batch, self.decay_every) < 1 or self.lr <= 0 or not 0 <= self.label_smoothing < 1:
+            raise ValueError(f"expected epochs, batch, decay_every >= 1, lr > 0, label_smoothing in [0, 1), got {self}")
+        if not 0 <= self.freeze_epochs <= self.epochs or min(self.warmup, self.weight_decay, self.momentum) < 0:
+            raise ValueError(f"expected freeze_epochs in 0..epochs and no negative number, got {self}")
+        if self.freeze_epochs == 0 and (self.freeze or self.lr_all is not None):
+            raise ValueError("freeze and lr_all need freeze_epochs >= 1: the epochs of the first stage")
+
+
+def train(
+    classifier: Classifier,
+    dataset: Indexed[Sample],
+    config: ClassifierConfig,
+    *,
+    seed: int = 0,
+    out: Path | str | None = None,
+    every: int = 200,
+    resume: bool = True,
+    report: Callable[[Progress], None] | None = None,
+    accelerator: str = "auto",
+) -> tuple[Metrics, ...]:
+    """Train a classifier's network in place with `fit`; return mean loss and accuracy of each epoch (on what it saw).
+
+    Raises:
+        ValueError, FloatingPointError: as `fit`; a sample without a label, or with one that the network lacks.
+    """
+    trainer = ClassifierTrainer(classifier, config)
+    history = fit(
+        trainer,
+        dataset,
+        epochs=config.epochs,
+        batch=config.batch,
+        seed=seed,
+        out=out,
+        every=every,
+        augment=augmentation(config.augment),
+        resume=resume,
+        report=report,
+        precision=config.precision,
+        accelerator=accelerator,
+    )
+    classifier.model.eval()
+    return history
+
+
+class ClassifierTrainer:
+    """A `Trainer`: cross entropy of the classifier's logits, one optimizer, parameters that were frozen stay so."""
+
+    def __init__(self, classifier: Classifier, config: ClassifierConfig) -> None:
+        model = classifier.model
+        self.classifier, self.config = classifier, config
+        self.learning = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+        self.kept = frozen_names(model, config.freeze) if config.freeze_epochs else frozenset[str]()
+        self.steps, self.done = 1, 0
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """The configuration and the network's shapes."""
+        return {**asdict(self.config), "model": fingerprint(self.classifier.model)}
+
+    def setup(self, fabric: Fabric) -> None:
+        """Move the network to its device and make the optimizer."""
+        c, parameters = self.config, self.classifier.model.parameters()
+        optimizer: torch.optim.Optimizer = (
+            torch.optim.SGD(parameters, c.lr, c.momentum, weight_decay=c.weight_decay)
+            if c.optimizer == "sgd"
+            else torch.optim.AdamW(parameters, c.lr, weight_decay=c.weight_decay)
+        )
+        self.fabric = fabric
+        self.network, self.optimizer = fabric.setup(self.classifier.model, optimizer)
+
+    def epoch(self, number: int, steps: int) -> None:
+        """Set training mode; in the first stage freeze what the configuration names."""
+        self.steps = steps
+        kept = self.kept if number < self.config.freeze_epochs else frozenset[str]()
+        for name, module in self.classifier.model.named_modules():
+            module.training = name not in kept
+        for name in self.learning:
+            self.classifier.model.get_parameter(name).requires_grad_(name not in kept)
+
+    def step(self, batch: Batch) -> dict[str, Tensor]:
+        """Take one optimizer step; return loss and accuracy of the batch."""
+        if batch.y is None:
+            missing = [sample.id for sample in batch.samples if sample.label is None]
+            raise ValueError(f"training a classifier needs a label for every image; {missing[0]!r} has none")
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.config, self.done, self.steps)
+        logits = read_logits(self.network(self.classifier.normalize(batch.x)))
+        logits = torch.cat([torch.zeros_like(logits), logits], 1) if logits.shape[1] == 1 else logits
+        y = check_labels(logits, batch.y)
+        loss = F.cross_entropy(logits, y, label_smoothing=self.config.label_smoothing)
+        self.optimizer.zero_grad()
+        self.fabric.backward(loss)
+        self.optimizer.step()
+        self.done += 1
+        return {"loss": loss.detach(), "accuracy": (logits.argmax(1) == y).float().mean()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return copies: what `nn.Module.state_dict` returns are the live weights."""
+        live = {"model": dict(self.classifier.model.state_dict()), "optimizer": self.optimizer.state_dict()}
+        return {**copy.deepcopy(live), "done": self.done}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over weights, optimizer and the number of steps done."""
+        self.classifier.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.done = int(state["done"])
+
+
+def learning_rate(config: ClassifierConfig, step: int, steps: int) -> float:
+    """Return the rate of step `step` (from 0) with `steps` steps an epoch.
+
+    Each stage of N steps starts anew: a warm-up of W steps at (n + 1) / W, then 1 ("constant"),
+    (1 + cos(pi (n - W) / (N - W))) / 2 ("cosine") or decay^floor(n / (decay_every * steps)) ("step").
+    """
+    first = config.freeze_epochs * steps
+    peak = config.lr if step < first or config.lr_all is None else config.lr_all
+    n, total = (step, first) if step < first else (step - first, config.epochs * steps - first)
+    warm = min(round(config.warmup * steps), total)
+    if n < warm:
+        return peak * (n + 1) / warm
+    if config.schedule == "cosine":
+        return peak * (1 + math.cos(math.pi * (n - warm) / (total - warm))) / 2
+    return peak * (config.decay ** (n // (config.decay_every * steps)) if config.schedule == "step" else 1.0)
+
+
+def frozen_names(model: nn.Module, prefixes: tuple[str, ...]) -> frozenset[str]:
+    """Return the names of modules and parameters below the prefixes; without prefixes, of all but the head.
+
+    Raises:
+        LookupError: a prefix that begins no name.
+        ValueError: no prefixes and no head.
+    """
+    names = [name for name, _ in [*model.named_modules(), *model.named_parameters()] if name]
+    if not prefixes:
+        head = head_name(model)
+        return frozenset(name for name in names if not below(name, head) and not below(head, name))
+    for prefix in prefixes:
+        if prefix not in names:
+            raise LookupError(unknown(prefix, names, "layer"))
+    return frozenset(name for name in names if any(below(name, prefix) for prefix in prefixes))
+
+
+def below(name: str, prefix: str) -> bool:
+    """Say whether a dotted name is the prefix or lies inside it."""
+    return name == prefix or name.startswith(f"{prefix}.")
+
+
+def head_name(model: nn.Module) -> str:
+    """Return the name of the layer that makes the logits: the last linear (or 1x1 convolution) of the usual names.
+
+    Raises:
+        ValueError: `fc`, `classifier`, `head`, `heads` hold none, and the network does not end in one.
+    """
+    modules: list[tuple[str, nn.Module]] = list(model.named_modules())
+    with_weights = [(name, m) for name, m in modules if next(m.parameters(recurse=False), None) is not None]
+    usual = [(name, m) for name, m in with_weights if name.split(".")[0] in ("fc", "classifier", "head", "heads")]
+    ends = [name for name, m in usual if is_head(m)] or [name for name, m in with_weights[-1:] if is_head(m)]
+    if not ends or not ends[-1]:
+        raise ValueError(
+            f"found no last linear layer in {type(model).__name__}: looked in fc, classifier, head, heads and at its "
+            "end; replace it by hand, and name the layers to freeze"
+        )
+    return ends[-1]
+
+
+def is_head(module: nn.Module) -> bool:
+    """Say whether a module can map features to classes."""
+    return isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1))
+
+
+def replace_head(model: nn.Module, classes: int, *, seed: int = 0) -> nn.Module:
+    """Replace the last layer by a new one for `classes` classes, in place, and return the network.
+
+    Weights are normal with standard deviation 0.01, the bias is zero.
+
+    Raises:
+        ValueError: fewer than one class, or no last linear layer.
+    """
+    if classes < 1:
+        raise ValueError(f"expected at least one class, got {classes}")
+    name = head_name(model)
+    new = copy.deepcopy(submodule(model, name))
+    weight = new.get_parameter("weight")
+    drawn = 0.01 * torch.randn((classes, *weight.shape[1:]), generator=generator("head", seed))
+    new.register_parameter("weight", nn.Parameter(drawn.to(weight)))
+    new.register_parameter("bias", nn.Parameter(torch.zeros(classes).to(weight)))
+    if isinstance(new, nn.Linear):
+        new.out_features = classes
+    if isinstance(new, nn.Conv2d):
+        new.out_channels = classes
+    parent, _, last = name.rpartition(".")
+    setattr(model.get_submodule(parent), last, new)
+    return model
+
+
+def accuracy(classifier: Classifier, dataset: Indexed[Sample], *, batch: int = 64) -> float:
+    """Return the share of samples whose predicted class is their label.
+
+    Raises:
+        ValueError: no samples, or one without a label.
+    """
+    device = next(iter(classifier.model.parameters()), torch.empty(0)).device
+    right = 0
+    for part in batches(dataset, batch):
+        if part.y is None:
+            raise ValueError(f"accuracy needs a label for every image; one of {', '.join(part.ids[:4])} ... has none")
+        with torch.no_grad():
+            right += int((classifier(part.x.to(device)).argmax(1).cpu() == part.y).sum())
+    if len(dataset) == 0:
+        raise ValueError("accuracy needs at least one image, got none")
+    return right / len(dataset)
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Return a network's class and a digest of the names and shapes of its state."""
+    shapes = [(name, tuple(value.shape)) for name, value in model.state_dict().items()]
+    return f"{type(model).__name__} {hashlib.blake2b(repr(shapes).encode(), digest_size=4).hexdigest()}"
+
+
+def augmentation(names: str) -> Augment | None:
+    """Return the augmentation of a configuration: "none", or names joined by "+".
+
+    Raises:
+        LookupError: an unknown name.
+    """
+    if names == "none":
+        return None
+    chosen = names.split("+")
+    for name in chosen:
+        if name not in AUGMENTATIONS:
+            raise LookupError(unknown(name, [*AUGMENTATIONS, "none"], "augmentation"))
+    return partial(augmented, names=tuple(chosen))
+
+
+def augmented(image: Tensor, randomness: torch.Generator, *, names: tuple[str, ...]) -> Tensor:
+    """Apply augmentations in order."""
+    for name in names:
+        image = AUGMENTATIONS[name](image, randomness)
+    return image
+
+
+def flip(image: Tensor, randomness: torch.Generator) -> Tensor:
+    """Mirror left and right for half of the images."""
+    return image.flip(-1) if draw(randomness, 0, 1) < 0.5 else image
+
+
+def crop(image: Tensor, randomness: torch.Generator) -> Tensor:
+    """Pad by an eighth of each side, by reflection, and crop back to the size at a random place."""
+    h, w = image.shape[-2:]
+    padded = F.pad(image[None], (w // 8, w // 8, h // 8, h // 8), mode="reflect")[0]
+    top, left = (int(draw(randomness, 0, 2 * (side // 8) + 1)) for side in (h, w))
+    return padded[:, top : top + h, left : left + w]
+
+
+def zoom(image: Tensor, randomness: torch.Generator) -> Tensor:
+    """Crop .35 to 1 of the area at an aspect of 3/4 to 4/3, and resize to the old size (bilinear, antialiased)."""
+    h, w = image.shape[-2:]
+    area, aspect = draw(randomness, 0.35, 1), math.exp(draw(randomness, math.log(3 / 4), math.log(4 / 3)))
+    height, width = min(h, round(h * (area / aspect) ** 0.5)), min(w, round(w * (area * aspect) ** 0.5))
+    top, left = int(draw(randomness, 0, h - height + 1)), int(draw(randomness, 0, w - width + 1))
+    part = image[None, :, top : top + height, left : left + width]
+    return F.interpolate(part, size=(h, w), mode="bilinear", antialias=True)[0].clamp(0, 1)
+
+
+def jitter(image: Tensor, randomness: torch.Generator) -> Tensor:
+    """Scale brightness, contrast and saturation, each by .8 to 1.2, in this order; clamp to [0, 1]."""
+    brightness, contrast, saturation = (draw(randomness, 0.8, 1.2) for _ in range(3))
+    image = image * brightness
+    image = image.mean() + contrast * (image - image.mean())
+    gray = image.mean(0, keepdim=True)
+    return (gray + saturation * (image - gray)).clamp(0, 1)
+
+
+def draw(randomness: torch.Generator, low: float, high: float) -> float:
+    """Return a uniform number in [low, high)."""
+    return low + (high - low) * float(torch.rand((), generator=randomness, dtype=torch.float64))
+
+
+AUGMENTATIONS: Mapping[str, Augment] = {"flip": flip, "crop": crop, "zoom": zoom, "jitter": jitter}

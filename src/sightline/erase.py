@@ -1,0 +1,90 @@
+"""Erasing. What removing a pixel means: the filling that takes its place.
+
+An eraser maps (x, saliency) to a filling of x's shape; the erased image is m * x + (1 - m) * filling. The papers differ
+(SPEC: CASM trains with the mean color, Opti-CAM scores with black, RISE inserts into a blurred image), so every method
+and metric takes `erase=` and every result records it.
+"""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+
+from sightline.maps import Padding
+from sightline.maps import blur as smooth
+from sightline.registry import find
+from sightline.types import Erase, Images, Saliency
+
+
+def black(x: Images, saliency: Saliency) -> Images:
+    """Fill with 0 in [0, 1]."""
+    return torch.zeros_like(x)
+
+
+def color(x: Images, saliency: Saliency, *, mean: tuple[float, ...]) -> Images:
+    """Fill with one color in [0, 1]; the classifier's mean is 0 in normalized space.
+
+    Raises:
+        ValueError: not one value a channel.
+    """
+    if len(mean) not in (1, x.shape[1]):
+        raise ValueError(f"expected a color of {x.shape[1]} channels, got {mean}")
+    return x.new_tensor(mean).view(1, -1, 1, 1).expand_as(x)
+
+
+def blur(
+    x: Images, saliency: Saliency, *, sigma: float = 10.0, padding: Padding = "reflect", radius: int | None = None
+) -> Images:
+    """Fill with the image smoothed by a Gaussian of `sigma` pixels (meaningful perturbation: 10)."""
+    return smooth(x, sigma, padding=padding, radius=radius)
+
+
+def noise(x: Images, saliency: Saliency, *, seed: int = 0) -> Images:
+    """Fill with uniform noise in [0, 1], the same for every image of a batch."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(x.shape[1:], generator=generator).to(x).expand_as(x)
+
+
+def telea(x: Images, saliency: Saliency, *, radius: float = 3.0, keep: float = 0.5) -> Images:
+    """Fill by inpainting from what is kept (saliency > `keep`), after Telea 2004, on 8-bit colors.
+
+    An image of which nothing is kept has nothing to inpaint from and is returned as it is.
+    """
+    pixels = (x.detach().clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    holes = (saliency <= keep)[:, 0].byte().cpu().numpy()
+    filled = [
+        cv2.inpaint(np.ascontiguousarray(image), hole, radius, cv2.INPAINT_TELEA)
+        for image, hole in zip(pixels, holes, strict=True)
+    ]
+    return torch.from_numpy(np.stack(filled).reshape(pixels.shape)).permute(0, 3, 1, 2).to(x) / 255
+
+
+ERASERS: Mapping[str, Callable[..., Images]] = {
+    "black": black,
+    "color": color,
+    "blur": blur,
+    "noise": noise,
+    "telea": telea,
+}
+
+
+def named(choice: str, settings: Mapping[str, Any], mean: tuple[float, ...]) -> Erase:
+    """Return the eraser called `choice` with its settings; `mean` is the color of that name, from the classifier.
+
+    Raises:
+        LookupError: no such eraser.
+    """
+    if choice == "mean":
+        return partial(color, mean=mean)
+    found = find(choice, ERASERS, "erasers")
+    return partial(found, **settings) if settings else found
+
+
+def mix(x: Images, mask: Saliency, erase: Erase) -> Images:
+    """Keep x where the mask is 1 and show the filling where it is 0: m x + (1 - m) erase(x, m)."""
+    if erase is black:
+        return mask * x
+    return mask * x + (1 - mask) * erase(x, mask)

@@ -1,0 +1,139 @@
+"""Hooks. Look inside a network, and leave no trace: every context manager here undoes what it did, also on an error."""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sightline.registry import unknown
+
+
+def submodule(model: nn.Module, name: str) -> nn.Module:
+    """Return the module called `name`.
+
+    Raises:
+        LookupError: no such module; the message names the nearest ones.
+    """
+    modules: dict[str, nn.Module] = dict(model.named_modules())
+    if name not in modules or not name:
+        raise LookupError(unknown(name, [known for known in modules if known], "layer"))
+    return modules[name]
+
+
+def name_of(model: nn.Module, module: nn.Module) -> str:
+    """Return the dotted name of a module inside `model`.
+
+    Raises:
+        LookupError: the module is not inside the model.
+    """
+    names: dict[nn.Module, str] = {candidate: name for name, candidate in model.named_modules()}
+    if module in names:
+        return names[module]
+    raise LookupError(
+        f"the layer {type(module).__name__} is not inside {type(model).__name__}; give a module of this very model"
+    )
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Set evaluation mode and stop gradients to the parameters; every flag comes back."""
+    modes = [(module, module.training) for module in model.modules() if module.training]
+    grads = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        for module, _ in modes:
+            module.training = False
+        for parameter in grads:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        for parameter in grads:
+            parameter.requires_grad_(True)
+
+
+@contextmanager
+def hooked(module: nn.Module, change: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
+    """Call `change` on every output of the module; what it returns, unless None, replaces the output."""
+
+    def hook(_: nn.Module, __: Any, output: Any) -> Any:
+        tensor = first(output)
+        changed = None if tensor is None else change(tensor)
+        return None if changed is None else put_first(output, changed)
+
+    handle = module.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def capture(model: nn.Module, layers: Iterable[str]) -> Iterator[dict[str, Tensor]]:
+    """Collect copies of the layers' outputs; a layer that runs twice leaves its last one.
+
+    Copies, because an in-place ReLU behind the layer would change what was collected.
+    """
+    found: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Callable[[Tensor], None]:
+        return lambda output: found.update({name: output.clone()})
+
+    with ExitStack() as stack:
+        for name in layers:
+            stack.enter_context(hooked(submodule(model, name), keep(name)))
+        yield found
+
+
+@contextmanager
+def cut(model: nn.Module, layer: str) -> Iterator[list[Tensor]]:
+    """Make the layer's output a leaf that asks for a gradient: the backward pass stops there.
+
+    The list gets one leaf a call of the layer; the last one counts.
+    """
+    leaves: list[Tensor] = []
+
+    def split(output: Tensor) -> Tensor:
+        leaves.append(output.detach().clone().requires_grad_())
+        return leaves[-1].clone()
+
+    with hooked(submodule(model, layer), split):
+        yield leaves
+
+
+@contextmanager
+def edit(model: nn.Module, layer: str, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Replace the layer's output by `change(output)`."""
+    with hooked(submodule(model, layer), change):
+        yield
+
+
+@contextmanager
+def differentiable() -> Iterator[None]:
+    """Record gradients whatever the caller's mode is, inference mode included."""
+    with torch.inference_mode(False), torch.enable_grad():
+        yield
+
+
+def first(output: Any) -> Tensor | None:
+    """Return the first tensor of a module's output: a tensor, a tuple or a mapping of tensors."""
+    if isinstance(output, Tensor):
+        return output
+    items = output.values() if isinstance(output, dict) else output if isinstance(output, tuple | list) else ()
+    return next((item for item in items if isinstance(item, Tensor)), None)
+
+
+def put_first(output: Any, tensor: Tensor) -> Any:
+    """Return the output with its first tensor replaced, of the same type as it was."""
+    if isinstance(output, Tensor):
+        return tensor
+    if isinstance(output, dict):
+        key = next(key for key, item in output.items() if isinstance(item, Tensor))
+        changed = type(output)(output)
+        changed[key] = tensor
+        return changed
+    index = next(index for index, item in enumerate(output) if isinstance(item, Tensor))
+    items = [*output[:index], tensor, *output[index + 1 :]]
+    return type(output)(*items) if hasattr(output, "_fields") else type(output)(items)

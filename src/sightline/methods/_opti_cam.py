@@ -1,0 +1,151 @@
+"""Opti-CAM. Zhang et al., Opti-CAM: optimizing saliency maps for interpretability, CVIU 2024."""
+
+from collections.abc import Callable, Mapping
+from typing import Literal, TypeAlias, TypeVar
+
+import torch
+from torch import Tensor
+
+from sightline.classifier import Classifier, check_labels, logit
+from sightline.erase import black, mix
+from sightline.hooks import differentiable
+from sightline.maps import resize, unit
+from sightline.registry import unknown
+from sightline.types import Erase, Features, Images, Labels, Saliency, Score, Values
+
+Objective: TypeAlias = Literal["mask", "diff", "io_mask", "io_diff"]
+Normalization: TypeAlias = Literal["range", "max", "sigmoid"]
+Start: TypeAlias = Literal["constant", "grad_cam"]
+
+T = TypeVar("T")
+
+START = 0.5
+"""The official code's first u; softmax makes any constant the same."""
+
+
+def opti_cam(
+    classifier: Classifier,
+    x: Images,
+    y: Labels | None = None,
+    /,
+    *,
+    objective: Objective = "mask",
+    normalization: Normalization = "range",
+    score: Score = logit,
+    steps: int = 100,
+    lr: float = 0.1,
+    tolerance: float = 1e-10,
+    start: Start = "constant",
+    keep_best: bool = False,
+    erase: Erase = black,
+) -> Saliency:
+    """Return the convex combination of the features through which the image scores highest.
+
+    S(u) = sum_k softmax(u)_k A^k (eq 8); u* = argmax_u F(u) (eq 9); F(u) = g_c(f(x * n(up S(u)))) (eq 10), by Adam with
+    the paper's `lr` and at most its `steps`. The gradient flows through softmax, upsampling and the minimum and maximum
+    of n. With p, o, q the scores of the image, of the masked image and of the image under the complement 1 - n:
+
+        mask     F = o                      diff     F = -|p - o|
+        io_mask  F = o - q                  io_diff  F = -|p - o| + |p - q|
+
+    n: `range` (A - min) / (max - min), `max` A / max A, `sigmoid` 1 / (1 + exp(-A)). `score` is the selector g: logit,
+    log_probability or probability. `start`: u constant (any constant is the same), or Grad-CAM's weights scaled to unit
+    variance. An image whose F changes by less than `tolerance` is finished and leaves the batch; `keep_best` returns
+    the best u seen instead of the last. Masking is in [0, 1] with `erase` in place of what is hidden, black as in the
+    official code. (b, 1, i, j), raw, at the layer's resolution; shown after up and n.
+
+    Costs a forward and a backward of the whole network a step (two forwards for the io objectives).
+
+    Raises:
+        ValueError: fewer than one step, or a learning rate not above zero.
+        LookupError: an unknown choice.
+    """
+    if steps < 1 or lr <= 0:
+        raise ValueError(f"expected steps >= 1 and lr > 0, got steps={steps}, lr={lr}")
+    n, F = chosen(normalization, NORMALIZATIONS, "normalization"), chosen(objective, OBJECTIVES, "objective")
+    A, logits = classifier.features_and_logits(x)
+    y = check_labels(logits, y)
+    p = score(logits, y)
+
+    def value(u: Tensor, i: Tensor) -> Values:
+        m = n(resize(combine(u, A[i]), (x.shape[2], x.shape[3]))).to(x.dtype)
+
+        def through(mask: Saliency) -> Values:
+            return score(classifier(mix(x[i], mask, erase)), y[i])
+
+        return F(p[i], through(m), lambda: through(1 - m))
+
+    u = initial(classifier, x, y, A, start, score)
+    return combine(climb(value, u, steps=steps, lr=lr, tolerance=tolerance, keep_best=keep_best), A)
+
+
+def combine(u: Tensor, A: Features) -> Saliency:
+    """Return sum_k softmax(u)_k A^k."""
+    return torch.einsum("bk,bkij->bij", u.softmax(1), A)[:, None]
+
+
+def initial(classifier: Classifier, x: Images, y: Labels, A: Features, start: Start, score: Score) -> Tensor:
+    """Return the first u, (b, c)."""
+    if chosen(start, {"constant": False, "grad_cam": True}, "start"):
+        w = classifier.features_and_gradient(x, y, score)[1].mean((2, 3))
+        return w / w.std(1, keepdim=True).clamp(min=torch.finfo(w.dtype).tiny)
+    return torch.full(A.shape[:2], START, dtype=A.dtype, device=A.device)
+
+
+def climb(
+    value: Callable[[Tensor, Tensor], Values], u: Tensor, *, steps: int, lr: float, tolerance: float, keep_best: bool
+) -> Tensor:
+    """Return the u that Adam reaches when it maximizes each image's own value."""
+    rows = [row.clone().requires_grad_() for row in u.detach()]
+    optimizer = torch.optim.Adam(rows, lr=lr, maximize=True)
+    last, best, highest = torch.full_like(u[:, 0], torch.inf), u.detach().clone(), torch.full_like(u[:, 0], -torch.inf)
+    active = torch.arange(len(u), device=u.device)
+    for _ in range(steps):
+        moving = [rows[i] for i in active.tolist()]
+        with differentiable():
+            F = value(torch.stack(moving), active)
+            gradients = torch.autograd.grad(F.sum(), moving)
+        F = F.detach().to(u.dtype)
+        better = active[highest[active] < F]
+        highest[active], best[better] = torch.maximum(F, highest[active]), torch.stack(rows)[better].detach()
+        unfinished = (F - last[active]).abs() >= tolerance
+        last[active] = F
+        optimizer.zero_grad()
+        for row, gradient, go in zip(moving, gradients, unfinished.tolist(), strict=True):
+            row.grad = gradient if go else None
+        optimizer.step()
+        active = active[unfinished]
+        if len(active) == 0:
+            break
+    return best if keep_best else torch.stack(rows).detach()
+
+
+def max_normalized(A: Saliency) -> Saliency:
+    """Return A / max A, and A itself where the maximum is zero."""
+    high = A.amax((2, 3), keepdim=True)
+    return A / torch.where(high == 0, torch.ones_like(high), high)
+
+
+NORMALIZATIONS: Mapping[str, Callable[[Saliency], Saliency]] = {
+    "range": unit,
+    "max": max_normalized,
+    "sigmoid": torch.sigmoid,
+}
+
+OBJECTIVES: Mapping[str, Callable[[Values, Values, Callable[[], Values]], Values]] = {
+    "mask": lambda p, o, q: o,
+    "diff": lambda p, o, q: -(p - o).abs(),
+    "io_mask": lambda p, o, q: o - q(),
+    "io_diff": lambda p, o, q: -(p - o).abs() + (p - q()).abs(),
+}
+
+
+def chosen(name: str, choices: Mapping[str, T], kind: str) -> T:
+    """Return the choice called `name`.
+
+    Raises:
+        LookupError: no such choice.
+    """
+    if name not in choices:
+        raise LookupError(unknown(name, choices, kind))
+    return choices[name]

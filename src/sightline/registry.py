@@ -1,0 +1,45 @@
+"""Names. From a name to a thing: our own catalogues first, then entry points of installed packages."""
+
+from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
+from importlib import import_module
+from importlib.metadata import entry_points
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+def find(name: str, ours: Mapping[str, T], group: str) -> T:
+    """Return the entry called `name`, from `ours` or from the entry points of `sightline.<group>`.
+
+    Raises:
+        LookupError: no such name; the message names the nearest ones.
+    """
+    if name in ours:
+        return ours[name]
+    plugins = {point.name: point for point in entry_points(group=f"sightline.{group}")}
+    if name in plugins:
+        found: T = plugins[name].load()
+        return found
+    raise LookupError(unknown(name, [*ours, *plugins], group.removesuffix("s")))
+
+
+def unknown(name: str, known: Iterable[str], kind: str) -> str:
+    """Say that `name` is no `kind`, and which names are near it."""
+    names = sorted(known)
+    near = get_close_matches(name, names, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(names)}"
+    return f"no {kind} called {name!r}; {hint}"
+
+
+def load(reference: str) -> Any:
+    """Import `package.module:name`.
+
+    Raises:
+        LookupError: the module or the name in it does not exist.
+    """
+    module, _, name = reference.partition(":")
+    try:
+        return getattr(import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise LookupError(f"cannot load {reference!r}: {error}; expected package.module:name") from error

@@ -1,0 +1,274 @@
+"""Specifications and results. What was asked and what came out: plain data, TOML in, JSON out, no torch."""
+
+import inspect
+import json
+import os
+import platform
+import tempfile
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+PACKAGES = ("sightline", "torch", "torchvision", "numpy")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A name from a catalogue with its settings: `"opti_cam"` or `{name = "opti_cam", steps = 50}`."""
+
+    name: str
+    settings: Mapping[str, Any] = field(default_factory=dict[str, Any])
+
+    @classmethod
+    def of(cls, value: "str | Mapping[str, Any] | Choice") -> "Choice":
+        """Read what a TOML file says.
+
+        Raises:
+            TypeError: neither a name nor a table.
+            ValueError: a table without a name.
+        """
+        if isinstance(value, Choice):
+            return value
+        if isinstance(value, str):
+            return cls(value)
+        if not isinstance(value, Mapping):
+            raise TypeError(f"expected a name or a table with a name, got {value!r}")
+        if "name" not in value:
+            raise ValueError(f"expected a table with a name, got {dict(value)!r}; write {{name = ..., ...}}")
+        return cls(str(value["name"]), {key: item for key, item in value.items() if key != "name"})
+
+    def plain(self) -> str | dict[str, Any]:
+        """Return the shortest TOML form."""
+        return {"name": self.name, **self.settings} if self.settings else self.name
+
+    def __str__(self) -> str:
+        inside = ", ".join(f"{key}={value}" for key, value in self.settings.items())
+        return f"{self.name}({inside})" if inside else self.name
+
+
+@dataclass(frozen=True)
+class Spec:
+    """Everything that determines the numbers of one run.
+
+    `explain` says whose map is scored: `"scored"` (the class that the metric scores), `"label"`, `"predicted"`,
+    `"second"` or `"least"`. `layer` replaces the classifier's own layer. `images` = 0 means all.
+    """
+
+    model: Choice
+    data: Choice
+    method: Choice
+    metrics: tuple[Choice, ...]
+    explain: str = "scored"
+    layer: str | None = None
+    images: int = 0
+    batch: int = 16
+    seed: int = 0
+
+    @classmethod
+    def of(cls, table: Mapping[str, Any]) -> "Spec":
+        """Read one TOML table.
+
+        Raises:
+            ValueError: a key that a specification does not have, a missing one, or a number out of range.
+        """
+        known = {item.name for item in fields(cls)}
+        if unknown := sorted(set(table) - known):
+            raise ValueError(f"a specification has no {', '.join(unknown)}; it has {', '.join(sorted(known))}")
+        if missing := [name for name in ("model", "data", "method", "metrics") if name not in table]:
+            raise ValueError(f"the specification lacks {', '.join(missing)}")
+        if isinstance(table["metrics"], str) or not isinstance(table["metrics"], Sequence):
+            raise TypeError(f"expected a list of metrics, got {table['metrics']!r}")
+        choices = {name: Choice.of(table[name]) for name in ("model", "data", "method")}
+        metrics = tuple(Choice.of(metric) for metric in table["metrics"])
+        spec = cls(**{**table, **choices, "metrics": metrics})
+        if spec.batch < 1 or spec.images < 0:
+            raise ValueError(f"expected batch >= 1 and images >= 0, got batch={spec.batch}, images={spec.images}")
+        return spec
+
+    def plain(self) -> dict[str, Any]:
+        """Return the table that `of` reads; what is None is left out."""
+        table = {item.name: getattr(self, item.name) for item in fields(self)}
+        chosen = {name: table[name].plain() for name in ("model", "data", "method")}
+        metrics = [metric.plain() for metric in self.metrics]
+        return {key: value for key, value in {**table, **chosen, "metrics": metrics}.items() if value is not None}
+
+
+def read_specs(path: Path | str) -> tuple[Spec, ...]:
+    """Read a TOML file; where `method` is a list, return one specification a method.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not TOML, or not a specification.
+    """
+    try:
+        table = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{path} is not TOML: {error}") from error
+    methods = table.pop("method") if isinstance(table.get("method"), list) else None
+    if methods is None:
+        return (Spec.of(table),)
+    return tuple(Spec.of({**table, "method": method}) for method in methods)
+
+
+@dataclass(frozen=True)
+class Score:
+    """One metric's outcome: the number, one number an image where kept, the mean curve where the metric has one."""
+
+    metric: Choice
+    value: float
+    higher_is_better: bool
+    per_image: tuple[float, ...] = ()
+    curve: tuple[float, ...] = ()
+
+    @classmethod
+    def of(cls, table: Mapping[str, Any]) -> "Score":
+        """Read one score of a run's JSON."""
+        lists = {key: tuple(table[key]) for key in ("per_image", "curve")}
+        return cls(**{**table, **lists, "metric": Choice.of(table["metric"])})
+
+    @property
+    def half_width(self) -> float | None:
+        """Half of the 95 % confidence interval of the mean (normal approximation); None below two images."""
+        count = len(self.per_image)
+        return 1.96 * stdev(self.per_image) / count**0.5 if count > 1 else None
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What `measure` returns: a score a metric, the images in order, and the time of the maps alone."""
+
+    scores: tuple[Score, ...]
+    ids: tuple[str, ...]
+    labels: tuple[int | None, ...]
+    predicted: tuple[int, ...]
+    probability: tuple[float, ...]
+    """Of the predicted class, one an image."""
+    seconds: float
+    """Wall time of the saliency maps, in all."""
+    degenerate: Mapping[str, str] = field(default_factory=dict[str, str])
+    """Image -> why its map says nothing (constant, not finite)."""
+
+    def __getitem__(self, metric: str) -> Score:
+        for score in self.scores:
+            if score.metric.name == metric:
+                return score
+        raise LookupError(f"no score called {metric!r}; there are {[score.metric.name for score in self.scores]}")
+
+    @property
+    def accuracy(self) -> float | None:
+        """Share of images whose predicted class is their label; None without labels."""
+        pairs = [(a, b) for a, b in zip(self.labels, self.predicted, strict=True) if a is not None]
+        return fmean(a == b for a, b in pairs) if pairs else None
+
+
+@dataclass(frozen=True)
+class Run:
+    """A specification, its scores and where they come from; one JSON file.
+
+    `arguments` are the settings in full, defaults included; `pictures` maps an image's id to `image` and `overlay`,
+    files beside the run.
+    """
+
+    spec: Spec
+    scores: Scores
+    arguments: Mapping[str, Any]
+    provenance: Mapping[str, Any]
+    classes: tuple[str, ...] = ()
+    skipped: Mapping[str, str] = field(default_factory=dict[str, str])
+    pictures: Mapping[str, Mapping[str, str]] = field(default_factory=dict[str, Mapping[str, str]])
+
+    def write(self, path: Path | str) -> Path:
+        """Write the run as JSON, atomically."""
+        table = {**asdict(self), "spec": self.spec.plain()}
+        for score, kept in zip(table["scores"]["scores"], self.scores.scores, strict=True):
+            score["metric"] = kept.metric.plain()
+        return write_text(path, json.dumps(table, indent=1, sort_keys=True) + "\n")
+
+    @classmethod
+    def read(cls, path: Path | str) -> "Run":
+        """Read what `write` wrote.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: not the JSON of a run.
+        """
+        try:
+            table = json.loads(Path(path).read_text(encoding="utf-8"))
+            scores = table.pop("scores")
+            scores["scores"] = tuple(Score.of(score) for score in scores["scores"])
+            listed = {key: tuple(scores[key]) for key in ("ids", "labels", "predicted", "probability")}
+            table["classes"] = tuple(table["classes"])
+            return cls(**{**table, "spec": Spec.of(table["spec"]), "scores": Scores(**{**scores, **listed})})
+        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} is not a run: {error}; runs are written by `sightline evaluate`") from error
+
+
+def arguments(function: Callable[..., Any]) -> dict[str, Any]:
+    """Return the keyword arguments with which `function` will run, defaults included, in JSON's types."""
+    bound = dict(function.keywords) if isinstance(function, partial) else {}
+    inner = function.func if isinstance(function, partial) else function
+    parameters = inspect.signature(inner).parameters.values()
+    defaults = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is not p.empty}
+    return {key: describe(value) for key, value in {**defaults, **bound}.items()}
+
+
+def describe(value: Any) -> Any:
+    """Turn a setting into JSON's types: a function becomes its name, with its settings where it has some."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): describe(item) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return [describe(item) for item in value]
+    if isinstance(value, partial):
+        inside = ", ".join(f"{key}={describe(item)}" for key, item in value.keywords.items())
+        return f"{describe(value.func)}({inside})"
+    return getattr(value, "__name__", None) or str(value)
+
+
+def provenance() -> dict[str, Any]:
+    """Return versions and machine: what else a number may depend on."""
+    return {
+        "versions": {name: installed(name) for name in PACKAGES},
+        "python": platform.python_version(),
+        "machine": f"{platform.system()} {platform.machine()}",
+        "cores": os.cpu_count(),
+    }
+
+
+def installed(package: str) -> str:
+    """Return the version of an installed package."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def write_text(path: Path | str, text: str) -> Path:
+    """Write a text file atomically: the old content stays until the new one is whole."""
+    return write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: Path | str, content: bytes) -> Path:
+    """Write a file atomically: the old content stays until the new one is whole."""
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        Path(name).chmod(0o666 & ~umask)
+        Path(name).replace(target)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+    return target

@@ -1,0 +1,323 @@
+"""Tables. Methods against metrics, as the page, the command line, Markdown and CSV all show them.
+
+Only runs that share everything but the method, its layer and the list of metrics stand in one table. Controls (maps
+that look at nothing or at no classifier) stand apart and are never the best.
+"""
+
+import json
+import math
+from collections.abc import Hashable, Mapping, Sequence
+from csv import writer
+from dataclasses import dataclass
+from io import StringIO
+from statistics import median
+from typing import Any
+
+from sightline.runs import Choice, Run, Score
+
+CONTROLS = frozenset({"fake_cam", "center", "random", "edge"})
+"""Methods that a table needs for comparison only."""
+
+FIELDS = (
+    *("model", "data", "method", "arguments", "explain", "layer", "seed"),
+    *("metric", "value", "half_width", "n", "higher_is_better", "seconds"),
+)
+"""Columns of the CSV file."""
+
+NOTHING = "\N{EN DASH}"
+"""What stands where there is no number."""
+
+
+@dataclass(frozen=True)
+class Column:
+    """One metric with its settings."""
+
+    metric: Choice
+    label: str
+    higher_is_better: bool
+
+    @property
+    def arrow(self) -> str:
+        """Up where larger is better, else down."""
+        return "↑" if self.higher_is_better else "↓"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One number as shown, its half width as shown (empty where unknown), and whether it is the best of its column."""
+
+    text: str
+    half_width: str
+    best: bool
+
+
+@dataclass(frozen=True)
+class Row:
+    """One run: a label that is unique in its table, a cell a column, and the seconds an image as shown.
+
+    `index` is its place among the runs that were given.
+    """
+
+    label: str
+    control: bool
+    cells: tuple[Cell, ...]
+    seconds: str
+    run: Run
+    index: int
+
+
+@dataclass(frozen=True)
+class Table:
+    """Runs that may be compared. `heading` tells this table from the others."""
+
+    heading: str
+    columns: tuple[Column, ...]
+    rows: tuple[Row, ...]
+
+    @property
+    def methods(self) -> tuple[Row, ...]:
+        """The rows that compete."""
+        return tuple(row for row in self.rows if not row.control)
+
+    @property
+    def controls(self) -> tuple[Row, ...]:
+        """The rows that do not."""
+        return tuple(row for row in self.rows if row.control)
+
+
+def tables(runs: Sequence[Run]) -> tuple[Table, ...]:
+    """Sort runs into tables, in the order in which they come.
+
+    Raises:
+        ValueError: no runs.
+    """
+    _check(runs)
+    groups: dict[Hashable, list[int]] = {}
+    for index, run in enumerate(runs):
+        groups.setdefault(tuple(conditions(run).values()), []).append(index)
+    names = headings([conditions(runs[group[0]]) for group in groups.values()])
+    return tuple(_table(name, runs, group) for name, group in zip(names, groups.values(), strict=True))
+
+
+def conditions(run: Run) -> dict[str, Hashable]:
+    """Return what two runs must share to be compared."""
+    spec = run.spec
+    return {
+        "model": named(spec.model),
+        "data": named(spec.data),
+        "explain": spec.explain,
+        "seed": spec.seed,
+        "image set": (run.scores.ids, run.scores.labels),
+        "predictions": run.scores.predicted,
+    }
+
+
+def differences(runs: Sequence[Run]) -> tuple[str, ...]:
+    """Name the conditions in which runs differ."""
+    kept = [conditions(run) for run in runs]
+    return tuple(key for key in kept[0] if len({one[key] for one in kept}) > 1)
+
+
+def headings(groups: Sequence[Mapping[str, Hashable]]) -> list[str]:
+    """Name each group by model and data, and by what else tells it from the others."""
+    parts = [[f"{group['model']} on {group['data']}"] for group in groups]
+    for key in list(groups[0])[2:]:
+        values = list(dict.fromkeys(group[key] for group in groups))
+        if len(values) > 1:
+            for part, group in zip(parts, groups, strict=True):
+                shown = group[key] if key in ("explain", "seed") else f"no. {values.index(group[key]) + 1}"
+                part.append(f"{key} {shown}")
+    return [", ".join(part) for part in parts]
+
+
+def labels(runs: Sequence[Run]) -> list[str]:
+    """Name each run by its method with the settings given; runs of one method also by those in which they differ."""
+    found: list[str] = []
+    for run in runs:
+        alike = [_settings(other) for other in runs if other.spec.method.name == run.spec.method.name]
+        keys = {key for settings in alike for key in settings}
+        shown = {key for key in keys if len({repr(settings.get(key)) for settings in alike}) > 1}
+        shown |= set(run.spec.method.settings)
+        settings = {key: value for key, value in _settings(run).items() if key in shown}
+        label = named(Choice(run.spec.method.name, settings))
+        found.append(label)
+    return [label if (n := found[:i].count(label)) == 0 else f"{label} #{n + 1}" for i, label in enumerate(found)]
+
+
+def named(choice: Choice) -> str:
+    """Write a choice with its settings in alphabetical order."""
+    inside = ", ".join(f"{key}={_shown(value)}" for key, value in sorted(choice.settings.items()))
+    return f"{choice.name}({inside})" if inside else choice.name
+
+
+def digits(values: Sequence[float], half_widths: Sequence[float | None] = ()) -> int:
+    """Return the decimals of a column: two significant digits of the median half width, else three of the largest."""
+    widths = [width for width in half_widths if width and math.isfinite(width)]
+    if widths:
+        return min(6, max(0, 1 - math.floor(math.log10(median(widths)))))
+    largest = max((abs(value) for value in values if math.isfinite(value)), default=0.0)
+    return min(4, max(0, 2 - math.floor(math.log10(largest)))) if largest else 0
+
+
+def fixed(value: float, decimals: int) -> str:
+    """Write a number with so many decimals, a true minus sign and no negative zero."""
+    if math.isnan(value):
+        return NOTHING
+    return f"{round(value, decimals) + 0.0:.{decimals}f}".replace("-", "\N{MINUS SIGN}")
+
+
+def summary(table: Table) -> str:
+    """Say in one sentence what a table is about."""
+    run, competing, controls = table.rows[0].run, len(table.methods), len(table.controls)
+    who = _count(competing, "method") if competing else _count(controls, "control")
+    also = f" and {_count(controls, 'control')}" if controls and competing else ""
+    verb = "explains" if len(table.rows) == 1 else "explain"
+    images = _count(len(run.scores.ids), "image")
+    what = f"{who}{also} {verb} {named(run.spec.model)} on {images} of {named(run.spec.data)}"
+    if run.scores.accuracy is None:
+        return f"{what}; accuracy unknown, the images have no labels."
+    return f"{what}; it classifies {100 * run.scores.accuracy:.1f} % of them correctly."
+
+
+def markdown(runs: Sequence[Run]) -> str:
+    """Write the tables in Markdown: best values bold, ± half of the 95 % confidence interval.
+
+    Raises:
+        ValueError: no runs.
+    """
+    return "\n".join(_markdown(table) for table in tables(runs))
+
+
+def csv(runs: Sequence[Run]) -> str:
+    """Write one line a run and metric in full precision; `seconds` are those of all maps of the run.
+
+    Raises:
+        ValueError: no runs.
+    """
+    _check(runs)
+    file = StringIO()
+    lines = writer(file, lineterminator="\n")
+    lines.writerow(FIELDS)
+    for run in runs:
+        lines.writerows(_record(run, score) for score in run.scores.scores)
+    return file.getvalue()
+
+
+def _check(runs: Sequence[Run]) -> None:
+    if not runs:
+        raise ValueError("there are no runs to show, expected at least one; `sightline evaluate` writes them")
+
+
+def _table(heading: str, runs: Sequence[Run], group: Sequence[int]) -> Table:
+    """Lay out those runs whose places are given, controls last."""
+    places = sorted(group, key=lambda place: runs[place].spec.method.name in CONTROLS)
+    order = [runs[place] for place in places]
+    controls = [run.spec.method.name in CONTROLS for run in order]
+    scores = [{(named(score.metric), score.higher_is_better): score for score in run.scores.scores} for run in order]
+    columns: dict[tuple[str, bool], Column] = {}
+    for key, score in (item for row in scores for item in row.items()):
+        columns.setdefault(key, Column(score.metric, *key))
+    cells = [_cells([row.get(key) for row in scores], controls) for key in columns]
+    seconds = [run.scores.seconds / len(run.scores.ids) if run.scores.ids else math.nan for run in order]
+    times = [_seconds(value, min(3, digits((), [min(seconds)]))) for value in seconds]
+    rows = [
+        Row(label, controls[i], tuple(cell[i] for cell in cells), times[i], order[i], places[i])
+        for i, label in enumerate(labels(order))
+    ]
+    return Table(heading, tuple(columns.values()), tuple(rows))
+
+
+def _cells(scores: Sequence[Score | None], controls: Sequence[bool]) -> list[Cell]:
+    """Show one column with its best values marked."""
+    known = [score for score in scores if score is not None]
+    decimals = digits([score.value for score in known], [_half_width(score) for score in known])
+    texts = [NOTHING if score is None else fixed(score.value, decimals) for score in scores]
+    widths = [None if score is None else _half_width(score) for score in scores]
+    best = _best(scores, texts, controls)
+    return [
+        Cell(text, "" if width is None else fixed(width, decimals), text == best and not controls[i])
+        for i, (text, width) in enumerate(zip(texts, widths, strict=True))
+    ]
+
+
+def _seconds(value: float, decimals: int) -> str:
+    """Write a time; what would be rounded to nothing is still some time."""
+    least = 10.0**-decimals
+    return f"< {fixed(least, decimals)}" if 0 < value < least / 2 else fixed(value, decimals)
+
+
+def _half_width(score: Score) -> float | None:
+    """Return the half width where every image has a number."""
+    return score.half_width if all(math.isfinite(value) for value in score.per_image) else None
+
+
+def _best(scores: Sequence[Score | None], texts: Sequence[str], controls: Sequence[bool]) -> str | None:
+    """Return the best number as shown; equal as shown is equally good, and where all are equal none is the best."""
+    competing = {
+        score.value if score.higher_is_better else -score.value: text
+        for score, text, control in zip(scores, texts, controls, strict=True)
+        if score is not None and math.isfinite(score.value) and not control
+    }
+    return competing[max(competing)] if len(set(competing.values())) > 1 else None
+
+
+def _settings(run: Run) -> dict[str, Any]:
+    """Return the method's settings as far as known, defaults and layer included."""
+    inside = run.arguments.get("method")
+    known = inside if isinstance(inside, Mapping) else run.arguments
+    layer = {} if run.spec.layer is None else {"layer": run.spec.layer}
+    return {**known, **layer, **run.spec.method.settings}
+
+
+def _shown(value: Any) -> str:
+    """Write a setting: a table with a name like a choice, a fraction in its shortest form."""
+    if isinstance(value, Mapping) and "name" in value:
+        return named(Choice.of(value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def _markdown(table: Table) -> str:
+    """Write one table with its heading and summary."""
+    titles = ["method", *(f"{_cell(column.label)} {column.arrow}" for column in table.columns), "s/image"]
+    lines = [_line(titles), _line([":--", *["--:"] * (len(titles) - 1)])]
+    lines += [_line(_row(row)) for row in table.methods]
+    if table.methods and table.controls:
+        lines.append(_line(["*controls*", *[""] * (len(titles) - 1)]))
+    lines += [_line(_row(row)) for row in table.controls]
+    notes = f"{summary(table)} Bold: the best method; ± half of the 95 % confidence interval."
+    return "\n".join([f"### {_cell(table.heading)}", "", _cell(notes), "", *lines, ""])
+
+
+def _row(row: Row) -> list[str]:
+    return [_cell(row.label), *(_number(cell) for cell in row.cells), row.seconds]
+
+
+def _number(cell: Cell) -> str:
+    text = f"{cell.text} ± {cell.half_width}" if cell.half_width else cell.text
+    return f"**{text}**" if cell.best else text
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _cell(text: str) -> str:
+    """Keep names from being read as Markdown."""
+    flat = " ".join(text.split())
+    return "".join(f"\\{letter}" if letter in "\\|*<`[" else letter for letter in flat)
+
+
+def _record(run: Run, score: Score) -> list[Any]:
+    spec = run.spec
+    arguments = json.dumps(run.arguments, sort_keys=True)
+    layer = "" if spec.layer is None else spec.layer
+    half_width = _half_width(score)
+    width = "" if half_width is None else repr(half_width)
+    better = "true" if score.higher_is_better else "false"
+    who = [named(spec.model), named(spec.data), named(spec.method), arguments, spec.explain, layer, spec.seed]
+    value, count = repr(score.value), len(run.scores.ids)
+    return [*who, named(score.metric), value, width, count, better, repr(run.scores.seconds)]
