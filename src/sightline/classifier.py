@@ -2,13 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from sightline import layers
-from sightline.hooks import capture, cut, differentiable, edit, first, frozen, name_of
+from sightline.hooks import capture, cut, differentiable, edit, first, frozen, name_of, submodule
 from sightline.layers import ToGrid, channels_first
 from sightline.types import Features, Images, Labels, Logits, Saliency, Score, Values
 
@@ -18,6 +18,7 @@ IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """Mean and standard deviation of ImageNet's colors, red green blue in [0, 1]."""
 
 
+@runtime_checkable
 class Method(Protocol):
     """What explains: every function, partial, combinator's closure and trained module that has this call."""
 
@@ -108,8 +109,8 @@ class Classifier:
         Raises:
             LookupError, ValueError: no such layer, or one that cannot be explained (see `wrap`).
         """
-        found = look(self)
-        chosen = layers.inspect(self.model, found, called(self.model, layer))
+        with differentiable(), frozen(self.model):
+            chosen = layers.inspect(self.model, look(self), called(self.model, layer))
         return replace(self, layer=chosen.name, to_grid=chosen.to_grid)
 
     def scores(self, x: Images, y: Labels | None, score: Score | None = None) -> Values:
@@ -119,7 +120,8 @@ class Classifier:
 
     def gradient(self, x: Images, y: Labels | None, score: Score | None = None) -> Images:
         """Return the gradient of the score with respect to the images."""
-        with differentiable():
+        check_images(x, self.channels)
+        with differentiable(), frozen(self.model):
             leaf = x.detach().clone().requires_grad_()
             (gradient,) = torch.autograd.grad(self.scores(leaf, y, score).sum(), leaf)
         return gradient
@@ -142,9 +144,9 @@ class Classifier:
         Costs one forward pass and the backward pass of what lies behind the layer.
 
         Raises:
-            ValueError: the gradient is zero everywhere, or the layer did not run.
+            ValueError: the layer did not run, or does not reach the logits.
         """
-        with differentiable(), cut(self.model, self.layer) as leaves:
+        with differentiable(), frozen(self.model), cut(self.model, self.layer) as leaves:
             values = self.scores(x.detach().clone(), y, score)
             leaf = self.reached(leaves[-1] if leaves else None)
             (gradient,) = torch.autograd.grad(values.sum(), leaf, allow_unused=True)
@@ -157,18 +159,34 @@ class Classifier:
     def logits_with(self, x: Images, features: Features) -> Logits:
         """Return the logits of one image when its layer gives each of `features` (n, c, i, j) in turn.
 
-        The layers before run once, those behind on n inputs; what is not on the grid (class tokens) stays.
+        The layers before run once, those behind on n inputs; what is not on the grid (class tokens) stays. Of a layer
+        that runs twice the last output is replaced.
         """
+        with torch.no_grad(), cut(self.model, self.layer) as calls:
+            self(x)
 
-        def put(output: Tensor) -> Tensor:
-            places = self.to_grid(torch.arange(output.numel(), device=output.device).view(output.shape), x)
-            several = output.flatten().repeat(len(features), 1)
-            several.scatter_(1, places.flatten().expand(len(features), -1), features.flatten(1))
-            return several.view(len(features), *output.shape[1:])
+        def run(images: Images) -> Logits:
+            left = [*calls]
 
-        with frozen(self.model), edit(self.model, self.layer, put):
-            output = self.model(self.normalize(x))
-        return check_logits(read_logits(output), len(features), type(self.model).__name__)
+            def put(output: Tensor) -> Tensor:
+                left.pop()
+                return output if left else self.replaced(output, x, features)
+
+            with frozen(self.model), edit(self.model, self.layer, put):
+                output = self.model(self.normalize(images))
+            return check_logits(read_logits(output), len(features), type(self.model).__name__)
+
+        try:
+            return run(x)
+        except RuntimeError:  # the layers behind join it with ones before, of which there is only one copy
+            return run(x.expand(len(features), -1, -1, -1))
+
+    def replaced(self, output: Tensor, x: Images, features: Features) -> Tensor:
+        """Return n copies of the layer's output for one image, in which each of `features` (n, c, i, j) takes its place."""
+        cells = torch.arange(output[0].numel(), device=output.device).view(1, *output.shape[1:])
+        places = self.to_grid(cells, x).flatten().expand(len(features), -1)
+        several = output.expand(len(features), *output.shape[1:]).flatten(1)
+        return several.scatter(1, places, features.flatten(1)).view(-1, *output.shape[1:])
 
     def reached(self, output: Tensor | None) -> Tensor:
         """Return the layer's output.
@@ -213,10 +231,11 @@ def wrap(
     mean, std = normalization_of(model, normalization, channels)
     shape = input_size(model) if size is None else (size, size) if isinstance(size, int) else size
     draft = Classifier(model, "", mean=mean, std=std, size=shape, channels=channels, classes=tuple(classes))
-    found = look(draft)
-    if classes and len(classes) != found.logits.shape[1]:
-        raise ValueError(f"got {len(classes)} class names for {found.logits.shape[1]} classes")
-    chosen = layers.infer(model, found) if layer is None else layers.inspect(model, found, called(model, layer))
+    with differentiable(), frozen(model):
+        found = look(draft)
+        if classes and len(classes) != found.logits.shape[1]:
+            raise ValueError(f"got {len(classes)} class names for {found.logits.shape[1]} classes")
+        chosen = layers.infer(model, found) if layer is None else layers.inspect(model, found, called(model, layer))
     return replace(draft, layer=chosen.name, to_grid=chosen.to_grid)
 
 
@@ -231,7 +250,7 @@ def look(classifier: Classifier) -> layers.Probe:
     x = torch.rand((2, classifier.channels, *classifier.size), generator=generator).to(weight.device)
     try:
         return layers.probe(classifier.model, classifier, x)
-    except RuntimeError as error:
+    except (RuntimeError, AssertionError, IndexError) as error:
         h, w = classifier.size
         raise ValueError(
             f"{type(classifier.model).__name__} cannot run on {h} x {w} images: {error}; pass size=(height, width)"
@@ -239,8 +258,8 @@ def look(classifier: Classifier) -> layers.Probe:
 
 
 def called(model: nn.Module, layer: str | nn.Module) -> str:
-    """Return a layer's dotted name."""
-    return layer if isinstance(layer, str) else name_of(model, layer)
+    """Return a layer's dotted name, the first one of a layer with several."""
+    return name_of(model, submodule(model, layer) if isinstance(layer, str) else layer)
 
 
 def input_size(model: nn.Module) -> tuple[int, int]:
@@ -261,6 +280,7 @@ def normalization_of(
     """Return mean and standard deviation per channel.
 
     Raises:
+        TypeError: no pair of sequences of numbers.
         ValueError: nothing said and nothing recorded, an unknown name, or a wrong number of values.
     """
     recorded = getattr(model, "pretrained_cfg", None)
@@ -275,7 +295,10 @@ def normalization_of(
         if choice not in ("imagenet", "none"):
             raise ValueError(f"no normalization called {choice!r}; use 'imagenet', 'none' or (mean, std)")
         choice = IMAGENET if choice == "imagenet" else ((0.0,), (1.0,))
-    mean, std = tuple(map(float, choice[0])), tuple(map(float, choice[1]))
+    try:
+        mean, std = (tuple(map(float, values)) for values in choice)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"expected normalization=(mean, std), each with one number a channel, got {choice!r}") from error
     if len(mean) not in (1, channels) or len(std) != len(mean) or min(std) <= 0:
         raise ValueError(f"expected a mean and a positive std of {channels} channels, got {mean} and {std}")
     return mean, std
@@ -342,7 +365,7 @@ def check_logits(logits: Tensor, count: int, model: str) -> Logits:
 
 
 def check_labels(logits: Logits, y: Labels | Sequence[int] | int | None) -> Labels:
-    """Return one label an image, on the logits' device; None means the predicted class.
+    """Return one label an image, copied to the logits' device; None means the predicted class.
 
     Raises:
         TypeError: labels that are no integers.
@@ -359,4 +382,4 @@ def check_labels(logits: Logits, y: Labels | Sequence[int] | int | None) -> Labe
         raise ValueError(f"expected {count} labels, one an image, got shape {tuple(labels.shape)}")
     if wrong := [label for label in labels.tolist() if not 0 <= label < classes]:
         raise ValueError(f"label {wrong[0]} is outside 0..{classes - 1}: the network has {classes} classes")
-    return labels.to(logits.device, torch.long)
+    return labels.to(logits.device, torch.long, copy=True)

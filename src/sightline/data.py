@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeVar, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -11,6 +11,7 @@ from torch import Tensor
 T_co = TypeVar("T_co", covariant=True)
 
 
+@runtime_checkable
 class Indexed(Protocol[T_co]):
     """A data set: a length, and an item for every index below it."""
 
@@ -88,6 +89,7 @@ def batches(dataset: Indexed[Sample], size: int, indices: Iterable[int] | None =
         yield collate([dataset[index] for index in chosen[start : start + size]])
 
 
+@runtime_checkable
 class Dataset(Indexed[Sample], Protocol):
     """Samples with the names of their classes and a record of what could not be read."""
 

@@ -5,9 +5,9 @@ An eraser maps (x, saliency) to a filling of x's shape; the erased image is m * 
 and metric takes `erase=` and every result records it.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
-from typing import Any
+from typing import TypeAlias
 
 import cv2
 import numpy as np
@@ -17,6 +17,9 @@ from sightline.maps import Padding
 from sightline.maps import blur as smooth
 from sightline.registry import find
 from sightline.types import Erase, Images, Saliency
+
+Eraser: TypeAlias = str | Erase
+"""A function, or the name of one."""
 
 
 def black(x: Images, saliency: Saliency) -> Images:
@@ -36,10 +39,20 @@ def color(x: Images, saliency: Saliency, *, mean: tuple[float, ...]) -> Images:
 
 
 def blur(
-    x: Images, saliency: Saliency, *, sigma: float = 10.0, padding: Padding = "reflect", radius: int | None = None
+    x: Images,
+    saliency: Saliency,
+    *,
+    sigma: float = 10.0,
+    padding: Padding = "reflect",
+    radius: int | None = None,
+    around: tuple[float, ...] = (0.0,),
 ) -> Images:
-    """Fill with the image smoothed by a Gaussian of `sigma` pixels (meaningful perturbation: 10)."""
-    return smooth(x, sigma, padding=padding, radius=radius)
+    """Fill with the image smoothed by a Gaussian of `sigma` pixels (meaningful perturbation: 10).
+
+    Zero padding pads with the color `around`.
+    """
+    level = x.new_tensor(around).view(1, -1, 1, 1)
+    return smooth(x - level, sigma, padding=padding, radius=radius) + level
 
 
 def noise(x: Images, saliency: Saliency, *, seed: int = 0) -> Images:
@@ -62,25 +75,25 @@ def telea(x: Images, saliency: Saliency, *, radius: float = 3.0, keep: float = 0
     return torch.from_numpy(np.stack(filled).reshape(pixels.shape)).permute(0, 3, 1, 2).to(x) / 255
 
 
-ERASERS: Mapping[str, Callable[..., Images]] = {
-    "black": black,
-    "color": color,
-    "blur": blur,
-    "noise": noise,
-    "telea": telea,
-}
+ERASERS: Mapping[str, Erase] = {"black": black, "blur": blur, "noise": noise, "telea": telea}
 
 
-def named(choice: str, settings: Mapping[str, Any], mean: tuple[float, ...]) -> Erase:
-    """Return the eraser called `choice` with its settings; `mean` is the color of that name, from the classifier.
+def resolve(choice: Eraser, mean: tuple[float, ...]) -> Erase:
+    """Return the eraser that is meant: a function as it is, or by name.
+
+    Names are those of this module, and two that take the classifier's mean color: `mean` (0 in normalized space) and
+    `rise` (the substrate of RISE's insertion game: an 11 x 11 Gaussian of 5 pixels with zero padding there).
 
     Raises:
-        LookupError: no such eraser.
+        LookupError: no such name.
     """
-    if choice == "mean":
-        return partial(color, mean=mean)
-    found = find(choice, ERASERS, "erasers")
-    return partial(found, **settings) if settings else found
+    if not isinstance(choice, str):
+        return choice
+    of_mean = {
+        "mean": partial(color, mean=mean),
+        "rise": partial(blur, sigma=5.0, padding="zeros", radius=5, around=mean),
+    }
+    return find(choice, {**ERASERS, **of_mean}, "erasers")
 
 
 def mix(x: Images, mask: Saliency, erase: Erase) -> Images:

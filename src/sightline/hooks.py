@@ -16,14 +16,14 @@ def submodule(model: nn.Module, name: str) -> nn.Module:
     Raises:
         LookupError: no such module; the message names the nearest ones.
     """
-    modules: dict[str, nn.Module] = dict(model.named_modules())
+    modules: dict[str, nn.Module] = dict(model.named_modules(remove_duplicate=False))
     if name not in modules or not name:
         raise LookupError(unknown(name, [known for known in modules if known], "layer"))
     return modules[name]
 
 
 def name_of(model: nn.Module, module: nn.Module) -> str:
-    """Return the dotted name of a module inside `model`.
+    """Return the dotted name of a module inside `model`; the first one of a module with several.
 
     Raises:
         LookupError: the module is not inside the model.

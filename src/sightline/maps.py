@@ -101,7 +101,7 @@ def components(mask: Bool[Tensor, "h w"], *, connectivity: Literal[4, 8] = 4) ->
     """Number the connected regions of a mask from 1 (0 = outside); return the labels and how many there are."""
     structure = ndimage.generate_binary_structure(2, 1 if connectivity == 4 else 2)
     labels, count = ndimage.label(mask.cpu().numpy(), structure=structure)
-    return torch.from_numpy(labels.astype(np.int64)), int(count)
+    return torch.from_numpy(labels.astype(np.int64)).to(mask.device), int(count)
 
 
 def largest(mask: Bool[Tensor, "h w"], *, connectivity: Literal[4, 8] = 4) -> Bool[Tensor, "h w"]:
@@ -114,5 +114,5 @@ def largest(mask: Bool[Tensor, "h w"], *, connectivity: Literal[4, 8] = 4) -> Bo
 
 def box(mask: Bool[Tensor, "h w"]) -> tuple[int, int, int, int]:
     """Return the tightest half-open box x0 y0 x1 y1 around the true pixels; all zero where there are none."""
-    rows, columns = mask.any(1).nonzero().flatten().tolist(), mask.any(0).nonzero().flatten().tolist()
+    rows, columns = (mask.any(axis).nonzero().flatten().tolist() for axis in (1, 0))
     return (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1) if rows else (0, 0, 0, 0)

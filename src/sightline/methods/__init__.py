@@ -30,8 +30,9 @@ if TYPE_CHECKING:
 class Entry:
     """What is known of a method without importing it; called, it is the method with its defaults.
 
-    `needs`: what the classifier must offer. `cost`: passes through the network an image. `quick`: arguments for smoke
-    runs. `control`: knows nothing of the classifier and belongs in every table.
+    `needs`: what the classifier must offer. `cost`: passes through the network an image. `class_specific`: the label
+    changes the map. `signed`: values below zero speak against the class. `quick`: arguments for smoke runs. `control`:
+    knows nothing of the classifier and belongs in every table.
     """
 
     load: str

@@ -12,4 +12,4 @@ def input_x_gradient(
     S = sum_ch x_ch dy_c / dx_ch, (b, 1, h, w), signed, at the input's resolution; x is in [0, 1], so a black pixel has
     no share. One forward, one backward.
     """
-    return (x * classifier.gradient(x, y, score)).sum(1, keepdim=True)
+    return (x.detach() * classifier.gradient(x, y, score)).sum(1, keepdim=True)

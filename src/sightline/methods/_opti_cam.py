@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from sightline.classifier import Classifier, check_labels, logit
-from sightline.erase import black, mix
-from sightline.hooks import differentiable
+from sightline.erase import Eraser, mix, resolve
+from sightline.hooks import differentiable, frozen
 from sightline.maps import resize, unit
 from sightline.registry import unknown
-from sightline.types import Erase, Features, Images, Labels, Saliency, Score, Values
+from sightline.types import Features, Images, Labels, Saliency, Score, Values
 
 Objective: TypeAlias = Literal["mask", "diff", "io_mask", "io_diff"]
 Normalization: TypeAlias = Literal["range", "max", "sigmoid"]
@@ -37,7 +37,7 @@ def opti_cam(
     tolerance: float = 1e-10,
     start: Start = "constant",
     keep_best: bool = False,
-    erase: Erase = black,
+    erase: Eraser = "black",
 ) -> Saliency:
     """Return the convex combination of the features through which the image scores highest.
 
@@ -63,20 +63,22 @@ def opti_cam(
     if steps < 1 or lr <= 0:
         raise ValueError(f"expected steps >= 1 and lr > 0, got steps={steps}, lr={lr}")
     n, F = chosen(normalization, NORMALIZATIONS, "normalization"), chosen(objective, OBJECTIVES, "objective")
-    A, logits = classifier.features_and_logits(x)
-    y = check_labels(logits, y)
-    p = score(logits, y)
+    filling = resolve(erase, classifier.mean)
+    with differentiable(), frozen(classifier.model):
+        A, logits = classifier.features_and_logits(x)
+        y = check_labels(logits, y)
+        p = score(logits, y)
 
-    def value(u: Tensor, i: Tensor) -> Values:
-        m = n(resize(combine(u, A[i]), (x.shape[2], x.shape[3]))).to(x.dtype)
+        def value(u: Tensor, i: Tensor) -> Values:
+            m = n(resize(combine(u, A[i]), (x.shape[2], x.shape[3]))).to(x.dtype)
 
-        def through(mask: Saliency) -> Values:
-            return score(classifier(mix(x[i], mask, erase)), y[i])
+            def through(mask: Saliency) -> Values:
+                return score(classifier(mix(x[i], mask, filling)), y[i])
 
-        return F(p[i], through(m), lambda: through(1 - m))
+            return F(p[i], through(m), lambda: through(1 - m))
 
-    u = initial(classifier, x, y, A, start, score)
-    return combine(climb(value, u, steps=steps, lr=lr, tolerance=tolerance, keep_best=keep_best), A)
+        u = initial(classifier, x, y, A, start, score)
+        return combine(climb(value, u, steps=steps, lr=lr, tolerance=tolerance, keep_best=keep_best), A)
 
 
 def combine(u: Tensor, A: Features) -> Saliency:
@@ -88,7 +90,8 @@ def initial(classifier: Classifier, x: Images, y: Labels, A: Features, start: St
     """Return the first u, (b, c)."""
     if chosen(start, {"constant": False, "grad_cam": True}, "start"):
         w = classifier.features_and_gradient(x, y, score)[1].mean((2, 3))
-        return w / w.std(1, keepdim=True).clamp(min=torch.finfo(w.dtype).tiny)
+        spread = w.std(1, correction=0, keepdim=True)
+        return w / torch.where(spread > 0, spread, 1)
     return torch.full(A.shape[:2], START, dtype=A.dtype, device=A.device)
 
 
@@ -102,9 +105,8 @@ def climb(
     active = torch.arange(len(u), device=u.device)
     for _ in range(steps):
         moving = [rows[i] for i in active.tolist()]
-        with differentiable():
-            F = value(torch.stack(moving), active)
-            gradients = torch.autograd.grad(F.sum(), moving)
+        F = value(torch.stack(moving), active)
+        gradients = torch.autograd.grad(F.sum(), moving)
         F = F.detach().to(u.dtype)
         better = active[highest[active] < F]
         highest[active], best[better] = torch.maximum(F, highest[active]), torch.stack(rows)[better].detach()

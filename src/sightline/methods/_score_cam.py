@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from sightline.classifier import Classifier, check_labels, logit
-from sightline.erase import black, mix
+from sightline.erase import Eraser, mix, resolve
 from sightline.maps import Mode, resize, unit
 from sightline.types import Erase, Features, Images, Labels, Saliency, Score
 
@@ -16,7 +16,7 @@ def score_cam(
     /,
     *,
     score: Score = logit,
-    erase: Erase = black,
+    erase: Eraser = "black",
     mode: Mode = "bilinear",
     chunk: int = 64,
 ) -> Saliency:
@@ -32,9 +32,9 @@ def score_cam(
     if chunk < 1:
         raise ValueError(f"expected chunk >= 1 masked images at a time, got {chunk}")
     A, logits = classifier.features_and_logits(x)
-    y = check_labels(logits, y)
+    y, filling = check_labels(logits, y), resolve(erase, classifier.mean)
     with torch.no_grad():
-        u = torch.cat([scores(classifier, x, y, A, pairs, score, erase, mode) for pairs in chunks(A, chunk)])
+        u = torch.cat([scores(classifier, x, y, A, pairs, score, filling, mode) for pairs in chunks(A, chunk)])
         w = u.view(A.shape[:2]).softmax(1)
     return torch.einsum("bk,bkij->bij", w, A).relu()[:, None]
 

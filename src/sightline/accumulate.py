@@ -1,0 +1,59 @@
+"""Accumulation. The one torchmetrics.Metric: it sums a measure's numbers over a data set, over processes too."""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torchmetrics import Metric
+
+from sightline.metrics import Measure
+
+
+class Accumulate(Metric):
+    """Sum (b, width) numbers in float64; keep one finished number an image where the measure asks for it."""
+
+    higher_is_better: bool | None = None
+    full_state_update = False
+
+    total: Tensor
+    count: Tensor
+    values: list[Tensor]
+    places: list[Tensor]
+
+    def __init__(self, measure: Measure) -> None:
+        super().__init__()
+        self.measure = measure
+        self.set_dtype(torch.float64)
+        self.add_state("total", torch.zeros(measure.width, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("count", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
+        self.add_state("values", [], dist_reduce_fx="cat")
+        self.add_state("places", [], dist_reduce_fx="cat")
+
+    def update(self, numbers: Float[Tensor, "b width"], places: Int[Tensor, " b"]) -> None:
+        """Add one batch; `places` are the images' positions in the data set."""
+        self.total = self.total + numbers.double().sum(0)
+        self.count = self.count + len(numbers)
+        if self.measure.state == "per_image":
+            self.values.append(self.finished(numbers.double()))
+            self.places.append(places)
+
+    def compute(self) -> tuple[Float[Tensor, " width"], Float[Tensor, " n"]]:
+        """Return the mean numbers, and one finished number an image in the order of the data set (empty if not kept).
+
+        Raises:
+            ValueError: nothing was added.
+        """
+        if int(self.count) == 0:
+            raise ValueError("no image was measured; the data set is empty")
+        values, places = gathered(self.values), gathered(self.places)
+        return self.total / self.count, values[places.argsort()]
+
+    def finished(self, numbers: Float[Tensor, "*b width"]) -> Float[Tensor, "*b"]:
+        """Return what is reported of `width` numbers."""
+        return self.measure.finish(numbers[..., 0] if self.measure.width == 1 else numbers)
+
+
+def gathered(state: list[Tensor] | Tensor) -> Tensor:
+    """Return a list state as one tensor; torchmetrics has joined it already where processes met."""
+    if isinstance(state, Tensor):
+        return state
+    return torch.cat(state) if state else torch.empty(0, dtype=torch.long)
