@@ -44,7 +44,7 @@ class Accumulate(Metric):
         """
         if int(self.count) == 0:
             raise ValueError("no image was measured; the data set is empty")
-        values, places = gathered(self.values), gathered(self.places)
+        values, places = gathered(self.values, torch.float64), gathered(self.places, torch.long)
         return self.total / self.count, values[places.argsort()]
 
     def finished(self, numbers: Float[Tensor, "*b width"]) -> Float[Tensor, "*b"]:
@@ -52,8 +52,8 @@ class Accumulate(Metric):
         return self.measure.finish(numbers[..., 0] if self.measure.width == 1 else numbers)
 
 
-def gathered(state: list[Tensor] | Tensor) -> Tensor:
+def gathered(state: list[Tensor] | Tensor, dtype: torch.dtype) -> Tensor:
     """Return a list state as one tensor; torchmetrics has joined it already where processes met."""
     if isinstance(state, Tensor):
         return state
-    return torch.cat(state) if state else torch.empty(0, dtype=torch.long)
+    return torch.cat(state) if state else torch.empty(0, dtype=dtype)

@@ -119,12 +119,15 @@ class Classifier:
         return (score or self.score)(logits, check_labels(logits, y))
 
     def gradient(self, x: Images, y: Labels | None, score: Score | None = None) -> Images:
-        """Return the gradient of the score with respect to the images."""
+        """Return the gradient of the score with respect to the images.
+
+        Raises:
+            ValueError: the images do not reach the logits differentiably.
+        """
         check_images(x, self.channels)
         with differentiable(), frozen(self.model):
             leaf = x.detach().clone().requires_grad_()
-            (gradient,) = torch.autograd.grad(self.scores(leaf, y, score).sum(), leaf)
-        return gradient
+            return derivative(self.scores(leaf, y, score), leaf, "the image")
 
     def features(self, x: Images) -> Features:
         """Return the layer's output on its grid."""
@@ -149,11 +152,7 @@ class Classifier:
         with differentiable(), frozen(self.model), cut(self.model, self.layer) as leaves:
             values = self.scores(x.detach().clone(), y, score)
             leaf = self.reached(leaves[-1] if leaves else None)
-            (gradient,) = torch.autograd.grad(values.sum(), leaf, allow_unused=True)
-        if gradient is None:
-            raise ValueError(
-                f"layer {self.layer!r} gets no gradient: it does not reach the logits; choose an earlier one"
-            )
+            gradient = derivative(values, leaf, f"layer {self.layer!r}")
         return self.to_grid(leaf.detach(), x), self.to_grid(gradient, x)
 
     def logits_with(self, x: Images, features: Features) -> Logits:
@@ -182,7 +181,7 @@ class Classifier:
             return run(x.expand(len(features), -1, -1, -1))
 
     def replaced(self, output: Tensor, x: Images, features: Features) -> Tensor:
-        """Return n copies of the layer's output for one image, in which each of `features` (n, c, i, j) takes its place."""
+        """Return n copies of the layer's output for one image, with each of `features` (n, c, i, j) on the grid."""
         cells = torch.arange(output[0].numel(), device=output.device).view(1, *output.shape[1:])
         places = self.to_grid(cells, x).flatten().expand(len(features), -1)
         several = output.expand(len(features), *output.shape[1:]).flatten(1)
@@ -197,6 +196,21 @@ class Classifier:
         if output is None:
             raise ValueError(f"layer {self.layer!r} did not run in the forward pass; choose another with .at(layer)")
         return output
+
+
+def derivative(values: Values, leaf: Tensor, what: str) -> Tensor:
+    """Return the derivative of the values' sum with respect to a leaf; `what` names it in the error.
+
+    Raises:
+        ValueError: the leaf does not reach the values, or the network detaches.
+    """
+    found = torch.autograd.grad(values.sum(), leaf, allow_unused=True)[0] if values.requires_grad else None
+    if found is None:
+        raise ValueError(
+            f"{what} gets no gradient: it does not reach the logits, or the network detaches or runs under no_grad; "
+            "choose another layer, or a method without gradients, such as score_cam"
+        )
+    return found
 
 
 def wrap(
@@ -298,7 +312,7 @@ def normalization_of(
     try:
         mean, std = (tuple(map(float, values)) for values in choice)
     except (TypeError, ValueError) as error:
-        raise TypeError(f"expected normalization=(mean, std), each with one number a channel, got {choice!r}") from error
+        raise TypeError(f"expected normalization=(mean, std), one number a channel each, got {choice!r}") from error
     if len(mean) not in (1, channels) or len(std) != len(mean) or min(std) <= 0:
         raise ValueError(f"expected a mean and a positive std of {channels} channels, got {mean} and {std}")
     return mean, std

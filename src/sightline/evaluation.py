@@ -3,13 +3,13 @@
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
 from sightline.accumulate import Accumulate
-from sightline.classifier import Classifier, Method, check_labels, check_range
+from sightline.classifier import Classifier, Method, check_images, check_labels, check_range, probability
 from sightline.data import Batch
 from sightline.maps import degenerate, resize, unit
 from sightline.metrics import Case, Measure
@@ -38,8 +38,9 @@ def measure(
     every constant or non-finite map is listed in `degenerate`. `report` is told how many images are done.
 
     Raises:
-        ValueError: images outside [0, 1], no batch, no metric, a metric of the label where an image has none, or an
-            unknown `explain`.
+        TypeError: images, or maps of the method, that are no float tensors.
+        ValueError: images outside [0, 1], no batch, no metric, a metric of the label where an image has none, maps of
+            another shape than (b, 1, i, j), or an unknown `explain`.
     """
     if explain not in EXPLAIN:
         raise ValueError(f"expected explain to be one of {', '.join(EXPLAIN)}, got {explain!r}")
@@ -48,6 +49,7 @@ def measure(
     sums = {name: Accumulate(one).to(device(classifier)) for name, one in metrics.items()}
     log = Log()
     for batch in batches:
+        check_images(batch.x, classifier.channels)
         check_range(batch.x)
         subject = Subject(method, classifier, batch.to(device(classifier)), log)
         places = torch.arange(len(log.ids), len(log.ids) + len(batch), device=subject.batch.x.device)
@@ -58,6 +60,8 @@ def measure(
             sums[name].update(one(case), places)
         if report is not None:
             report(len(log.ids))
+    if not log.ids:
+        raise ValueError("no image was measured; the data set is empty")
     return log.scores(sums)
 
 
@@ -79,11 +83,11 @@ class Log:
 
     def note(self, subject: "Subject") -> None:
         """Note one batch."""
-        best = subject.logits.double().softmax(1).max(1)
+        predicted = subject.label("predicted")
         self.ids += subject.batch.ids
         self.labels += [sample.label for sample in subject.batch.samples]
-        self.predicted += best.indices.tolist()
-        self.probability += best.values.tolist()
+        self.predicted += predicted.tolist()
+        self.probability += probability(subject.logits.double(), predicted).tolist()
 
     def scores(self, sums: Mapping[str, Accumulate]) -> Scores:
         """Return the outcome."""
@@ -94,7 +98,7 @@ class Log:
 
 def summed(metric: Choice, sums: Accumulate) -> Score:
     """Return one metric's outcome."""
-    mean, per_image = sums.compute()
+    mean, per_image = (part.reshape(-1) for part in sums.compute())  # torchmetrics squeezes what holds one number
     curve = tuple(mean.tolist()) if sums.measure.width > 1 else ()
     return Score(metric, float(sums.finished(mean)), sums.measure.higher_is_better, tuple(per_image.tolist()), curve)
 
@@ -121,9 +125,8 @@ class Subject:
                     f"{metric} needs the label, and {self.batch.ids[0]!r} has none; use the predicted class"
                 )
             return check_labels(self.logits, self.batch.y)
-        if kind == "predicted":
-            return self.logits.argmax(1)
-        return self.logits.argmin(1) if kind == "least" else self.logits.topk(2, 1).indices[:, 1]
+        order = self.logits.argsort(dim=1, descending=True, stable=True)
+        return order[:, {"predicted": 0, "second": 1, "least": -1}[kind]]
 
     def case(self, kind: str, scored: str, y: Labels) -> Case:
         """Return the batch with the map of class `kind`, to be scored for class y."""
@@ -158,10 +161,27 @@ class Subject:
         """Explain, and add to the time."""
         synchronize(x)
         start = time.perf_counter()
-        saliency = self.method(self.classifier, x, y).detach()
+        saliency = checked(self.method(self.classifier, x, y), len(x))
         synchronize(x)
         self.log.seconds += time.perf_counter() - start
         return saliency
+
+
+def checked(saliency: Any, count: int) -> Saliency:
+    """Return what a method gave for `count` images, without its graph.
+
+    Raises:
+        TypeError: not a float tensor.
+        ValueError: not (b, 1, i, j).
+    """
+    if not isinstance(saliency, Tensor) or not saliency.is_floating_point():
+        given = saliency.dtype if isinstance(saliency, Tensor) else type(saliency).__name__
+        raise TypeError(f"the method returned {given}; expected maps as a float tensor ({count}, 1, height, width)")
+    if saliency.ndim != 4 or saliency.shape[:2] != (count, 1) or saliency.numel() == 0:
+        raise ValueError(
+            f"the method returned maps of shape {tuple(saliency.shape)}; expected ({count}, 1, height, width)"
+        )
+    return saliency.detach()
 
 
 def finite(raw: Saliency) -> Saliency:

@@ -4,7 +4,7 @@ import base64
 import html
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -14,16 +14,26 @@ import torch
 from jaxtyping import Float
 from PIL import Image
 from torch import Tensor, nn
+from torch.nn.functional import interpolate
 
 from sightline import images as pictures
 from sightline import viz
-from sightline.classifier import Classifier, Method, Normalization, check_range, probability, wrap
-from sightline.evaluation import device, finite
+from sightline.classifier import (
+    Classifier,
+    Method,
+    Normalization,
+    check_images,
+    check_labels,
+    check_range,
+    probability,
+    wrap,
+)
+from sightline.evaluation import checked, device, finite
 from sightline.maps import degenerate, resize, unit
-from sightline.methods import METHODS
+from sightline.methods import METHODS, Entry
 from sightline.models import load as load_model
 from sightline.registry import find, unknown
-from sightline.runs import arguments, provenance, write_bytes, write_text
+from sightline.runs import arguments, provenance, unbound, write_bytes, write_text
 from sightline.settings import bind
 from sightline.types import Images, Labels, Saliency, Values
 
@@ -69,10 +79,7 @@ class Explanation:
         """
         if self.problems[index] is not None:
             raise ValueError(f"the map of {self.names[index]} is {self.problems[index]}: there is nothing to draw")
-        photo = self.photos[index]
-        size = (photo.shape[1], photo.shape[2])
-        shown = resize((self.raw if self.signed else self.saliency)[index : index + 1].float().cpu(), size)[0, 0]
-        return viz.overlay_signed(photo, shown) if self.signed else viz.overlay(photo, shown.clamp(0, 1))
+        return laid(self.photos[index], self.raw[index], signed=self.signed)
 
     def picture(self, index: int = 0) -> Image.Image:
         """Return the overlay as a Pillow image.
@@ -113,7 +120,8 @@ class Explanation:
         if problem is not None:
             return f"<figure style='margin:0'><p>The map is {problem}.</p><figcaption>{told}</figcaption></figure>"
         data = base64.b64encode(viz.png(self.overlay(index))).decode()
-        shown = f"<img style='max-width:320px' alt='{self.spec['method']}' src='data:image/png;base64,{data}'>"
+        method = html.escape(self.spec["method"])
+        shown = f"<img style='max-width:320px' alt='{method}' src='data:image/png;base64,{data}'>"
         return f"<figure style='margin:0'>{shown}<figcaption>{told}</figcaption></figure>"
 
 
@@ -143,44 +151,50 @@ def explain(
 
     Raises:
         LookupError: no such method, setting, class, layer or model; the message names the nearest ones.
-        TypeError, ValueError: an image, label, layer or setting that does not fit; the message says what would.
+        TypeError, ValueError: an image, label, layer, setting or map that does not fit; the message says what would.
         OSError: a file that is not there.
     """
     classifier = prepared(model, normalization, layer)
-    function = bind(find(method, METHODS, "methods").method, settings) if isinstance(method, str) else method
-    if settings and not isinstance(method, str):
-        function = bind(method, settings)
+    name, function, signed = chosen(method, settings)
     names, photos, x = opened(images, classifier, resize_policy)
+    check_images(x, classifier.channels)
     check_range(x)
-    y = wanted(target, classifier, x)
-    raw = function(classifier, x, y).detach()
     with torch.no_grad():
-        scores = probability(classifier(x), y)
-    name = method if isinstance(method, str) else getattr(method, "__name__", type(method).__name__)
-    spec = {
-        "method": name,
-        "arguments": arguments(function),
-        "model": type(classifier.model).__name__ if not isinstance(model, str) else model,
+        logits = classifier(x)
+    y = check_labels(logits, wanted(target, classifier.classes))
+    raw = checked(function(classifier, x, y), len(x))
+    saliency = unit(resize(finite(raw), (x.shape[2], x.shape[3])))
+    scores, problems = probability(logits.double(), y), tuple(degenerate(raw))
+    spec = {"method": name, "arguments": arguments(function), "resize": resize_policy, **seen(model, classifier, x)}
+    return Explanation(names, x, photos, saliency, raw, y, scores, classifier.classes, signed, problems, spec)
+
+
+def seen(model: nn.Module | Classifier | str, classifier: Classifier, x: Images) -> dict[str, Any]:
+    """Return how the images were seen: network, layer, normalization, size and versions."""
+    return {
+        "model": model if isinstance(model, str) else type(classifier.model).__name__,
         "layer": classifier.layer,
-        "mean": classifier.mean,
-        "std": classifier.std,
+        "mean": list(classifier.mean),
+        "std": list(classifier.std),
         "size": list(x.shape[2:]),
-        "resize": resize_policy,
         **provenance(),
     }
-    return Explanation(
-        names,
-        x,
-        photos,
-        unit(resize(finite(raw), (x.shape[2], x.shape[3]))),
-        raw,
-        y,
-        scores,
-        classifier.classes,
-        isinstance(method, str) and find(method, METHODS, "methods").signed,
-        tuple(degenerate(raw)),
-        spec,
-    )
+
+
+def chosen(method: str | Method, settings: Mapping[str, Any]) -> tuple[str, Callable[..., Any], bool]:
+    """Return a method's name, the method with its settings, and whether its maps are signed.
+
+    Raises:
+        LookupError, TypeError: no such method or setting, or a setting that does not fit.
+    """
+    if isinstance(method, str):
+        entry = find(method, METHODS, "methods")
+        return method, bind(entry.method, settings), entry.signed
+    function: Callable[..., Any] = method.method if isinstance(method, Entry) else method
+    inner = unbound(function)
+    name = getattr(inner, "__name__", type(inner).__name__).strip("<>")
+    signed = name in METHODS and METHODS[name].signed and METHODS[name].method is inner
+    return name, bind(function, settings), signed
 
 
 def prepared(
@@ -196,7 +210,10 @@ def prepared(
     if not isinstance(model, Classifier):
         return wrap(model, normalization=normalization, layer=layer)
     if normalization is not None:
-        raise ValueError("normalization belongs to a bare network; this classifier has its own")
+        raise ValueError(
+            "normalization= says how a bare network wants its images, and this classifier has its own; a method's "
+            "setting of that name goes with the method: functools.partial(opti_cam, normalization=...)"
+        )
     return model if layer is None else model.at(layer)
 
 
@@ -247,25 +264,22 @@ def shrunk(image: Float[Tensor, "3 h w"]) -> Float[Tensor, "3 _h _w"]:
 
 
 def unique(names: tuple[str, ...]) -> tuple[str, ...]:
-    """Return the names, numbered where two files share one."""
-    stems = [Path(name).stem for name in names]
-    return tuple(f"{i}-{name}" if stems.count(Path(name).stem) > 1 else name for i, name in enumerate(names))
+    """Return the names; all are numbered where two files would be written under one."""
+    stems = {Path(name).stem for name in names}
+    return names if len(stems) == len(names) else tuple(f"{i}-{name}" for i, name in enumerate(names))
 
 
-def wanted(target: Target, classifier: Classifier, x: Images) -> Labels:
-    """Return the label of each image.
+def wanted(target: Target, classes: Sequence[str]) -> int | Sequence[int] | Tensor | None:
+    """Return the classes that are asked for by their numbers.
 
     Raises:
         LookupError: no class of that name.
-        ValueError, TypeError: see `Classifier.labels`.
     """
     if isinstance(target, str):
-        return classifier.labels(x, number(target, classifier.classes))
+        return number(target, classes)
     if isinstance(target, Sequence):
-        return classifier.labels(
-            x, [number(one, classifier.classes) if isinstance(one, str) else one for one in target]
-        )
-    return classifier.labels(x, target)
+        return [number(one, classes) if isinstance(one, str) else one for one in target]
+    return target
 
 
 def number(name: str, classes: Sequence[str]) -> int:
@@ -276,11 +290,22 @@ def number(name: str, classes: Sequence[str]) -> int:
     """
     if name in classes:
         return list(classes).index(name)
-    if name.lstrip("-").isdigit():
+    if name.removeprefix("-").isdecimal():
         return int(name)
     if not classes:
         raise LookupError(f"the classifier has no class names, so {name!r} is none; give the class by its number")
     raise LookupError(unknown(name, classes, "class"))
+
+
+def laid(photo: Float[Tensor, "ch h w"], raw: Float[Tensor, "1 i j"], *, signed: bool) -> Float[Tensor, "3 h w"]:
+    """Lay a raw map over a photo: brought to its size (bilinear, averaging where that is smaller), scaled, colored.
+
+    Raises:
+        ValueError: a map that shows nothing.
+    """
+    size = (photo.shape[1], photo.shape[2])
+    shown = interpolate(raw[None].float().cpu(), size, mode="bilinear", antialias=True)
+    return viz.overlay_signed(photo, shown[0, 0]) if signed else viz.overlay(photo, unit(shown)[0, 0])
 
 
 def npy(raw: Tensor) -> bytes:

@@ -73,7 +73,7 @@ class Probe:
 
     def gradient(self, output: Tensor) -> Tensor | None:
         """Return the gradient of a fixed mixture of what is read with respect to a layer's output."""
-        if not output.requires_grad:
+        if not (output.requires_grad and self.reads.requires_grad):
             return None
         weights = torch.linspace(1, 2, self.reads[0].numel()).to(self.reads).view(self.reads[0].shape)
         (found,) = torch.autograd.grad((self.reads * weights).sum(), output, retain_graph=True, allow_unused=True)

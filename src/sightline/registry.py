@@ -13,13 +13,16 @@ def find(name: str, ours: Mapping[str, T], group: str) -> T:
     """Return the entry called `name`, from `ours` or from the entry points of `sightline.<group>`.
 
     Raises:
-        LookupError: no such name; the message names the nearest ones.
+        LookupError: no such name (the message names the nearest ones), or an entry point that cannot be loaded.
     """
     if name in ours:
         return ours[name]
     plugins = {point.name: point for point in entry_points(group=f"sightline.{group}")}
     if name in plugins:
-        found: T = plugins[name].load()
+        try:
+            found: T = plugins[name].load()
+        except (ImportError, AttributeError) as error:
+            raise LookupError(f"cannot load {plugins[name].value!r}, which {name!r} stands for: {error}") from error
         return found
     raise LookupError(unknown(name, [*ours, *plugins], group.removesuffix("s")))
 
@@ -39,6 +42,8 @@ def load(reference: str) -> Any:
         LookupError: the module or the name in it does not exist.
     """
     module, _, name = reference.partition(":")
+    if not module or module.startswith(".") or not name:
+        raise LookupError(f"cannot load {reference!r}; expected package.module:name")
     try:
         return getattr(import_module(module), name)
     except (ImportError, AttributeError) as error:

@@ -12,8 +12,10 @@ from sightline import models, viz
 from sightline.classifier import Classifier, Method
 from sightline.data import Dataset, Indexed, Sample, batches, collate
 from sightline.datasets import DATASETS
-from sightline.evaluation import Explain, Log, Subject, device, finite, measure
-from sightline.maps import resize, unit
+from sightline.evaluation import Explain, Log, Subject, device, measure
+from sightline.explanation import laid
+from sightline.images import fit
+from sightline.maps import degenerate
 from sightline.methods import METHODS
 from sightline.metrics import METRICS, Measure
 from sightline.registry import find, load, unknown
@@ -49,8 +51,11 @@ def prepare(spec: Spec) -> Prepared:
 
     Raises:
         LookupError: an unknown name or setting; the message names the nearest ones.
-        TypeError, ValueError, OSError: a setting, a file or a data set that does not fit.
+        TypeError, ValueError, OSError: a setting, a file or a data set that does not fit, or a metric listed twice.
     """
+    listed = [str(metric) for metric in spec.metrics]
+    if twice := [name for name in listed if listed.count(name) > 1]:
+        raise ValueError(f"the metric {twice[0]} is listed twice")
     classifier = models.load(spec.model)
     classifier = classifier if spec.layer is None else classifier.at(spec.layer)
     reader = reader_of(spec.data, classifier)
@@ -162,16 +167,16 @@ def explained(spec: Spec) -> Explain:
 def draw(ready: Prepared, spec: Spec, scores: Scores, folder: Path) -> dict[str, dict[str, str]]:
     """Write image and overlay of the first images and of the best and worst ones; return their files by image."""
     pictures: dict[str, dict[str, str]] = {}
+    signed = find(spec.method.name, METHODS, "methods").signed
     for index in worth_showing(scores):
         batch = collate([ready.samples[index]]).to(device(ready.classifier))
         subject = Subject(ready.method, ready.classifier, batch, Log())
         raw = subject.map("predicted" if spec.explain == "scored" else spec.explain)
-        signed = METHODS[spec.method.name].signed if spec.method.name in METHODS else False
-        image = enlarged(batch.x.float().cpu())
-        pictures[scores.ids[index]] = {"image": put(folder, f"{index}.jpg", image[0])}
-        if scores.ids[index] not in scores.degenerate:
-            file = f"{index}-{file_name(spec.method)}.jpg"
-            pictures[scores.ids[index]]["overlay"] = put(folder, file, laid(image[0], raw.float().cpu(), signed))
+        image = thumbnail(batch.x[0])
+        files = {"image": put(folder, f"{index}.jpg", image)}
+        if degenerate(raw)[0] is None:
+            files["overlay"] = put(folder, f"{index}-{file_name(spec.method)}.jpg", laid(image, raw[0], signed=signed))
+        pictures[scores.ids[index]] = files
     return pictures
 
 
@@ -184,18 +189,10 @@ def worth_showing(scores: Scores) -> list[int]:
     return sorted(shown)
 
 
-def enlarged(x: Tensor) -> Tensor:
+def thumbnail(image: Tensor) -> Tensor:
     """Return an image with its longer side `SIDE` pixels."""
-    h, w = x.shape[2:]
-    return resize(x, (max(1, round(SIDE * h / max(h, w))), max(1, round(SIDE * w / max(h, w))))).clamp(0, 1)
-
-
-def laid(image: Tensor, raw: Tensor, signed: bool) -> Tensor:
-    """Return the map over the image."""
-    size = (image.shape[1], image.shape[2])
-    if signed:
-        return viz.overlay_signed(image, resize(raw, size)[0, 0])
-    return viz.overlay(image, unit(resize(finite(raw), size))[0, 0])
+    height, width = (max(1, round(SIDE * side / max(image.shape[1:]))) for side in image.shape[1:])
+    return fit(image.float().cpu(), (height, width), "direct")
 
 
 def put(folder: Path, name: str, image: Tensor) -> str:

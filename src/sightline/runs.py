@@ -16,6 +16,9 @@ from typing import Any
 
 PACKAGES = ("sightline", "torch", "torchvision", "numpy")
 
+KINDS: Mapping[str, type] = {"explain": str, "layer": str, "images": int, "batch": int, "seed": int}
+"""Plain entries of a specification."""
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -74,6 +77,7 @@ class Spec:
         """Read one TOML table.
 
         Raises:
+            TypeError: a value of another kind.
             ValueError: a key that a specification does not have, a missing one, or a number out of range.
         """
         known = {item.name for item in fields(cls)}
@@ -83,6 +87,10 @@ class Spec:
             raise ValueError(f"the specification lacks {', '.join(missing)}")
         if isinstance(table["metrics"], str) or not isinstance(table["metrics"], Sequence):
             raise TypeError(f"expected a list of metrics, got {table['metrics']!r}")
+        for name, kind in KINDS.items():
+            value = table.get(name, getattr(cls, name))
+            if type(value) is not kind and (name, value) != ("layer", None):
+                raise TypeError(f"{name}: expected {kind.__name__}, got {value!r}")
         choices = {name: Choice.of(table[name]) for name in ("model", "data", "method")}
         metrics = tuple(Choice.of(metric) for metric in table["metrics"])
         spec = cls(**{**table, **choices, "metrics": metrics})
@@ -103,14 +111,16 @@ def read_specs(path: Path | str) -> tuple[Spec, ...]:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not TOML, or not a specification.
+        TypeError, ValueError: not TOML, or not a specification.
     """
     try:
         table = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not TOML: {error}") from error
-    methods = table.pop("method") if isinstance(table.get("method"), list) else None
-    if methods is None:
+    methods = table.get("method")
+    if methods == []:
+        raise ValueError(f"{path} lists no method; expected at least one")
+    if not isinstance(methods, list):
         return (Spec.of(table),)
     return tuple(Spec.of({**table, "method": method}) for method in methods)
 
@@ -187,7 +197,7 @@ class Run:
         table = {**asdict(self), "spec": self.spec.plain()}
         for score, kept in zip(table["scores"]["scores"], self.scores.scores, strict=True):
             score["metric"] = kept.metric.plain()
-        return write_text(path, json.dumps(table, indent=1, sort_keys=True) + "\n")
+        return write_text(path, json.dumps(table, indent=1, sort_keys=True, default=describe) + "\n")
 
     @classmethod
     def read(cls, path: Path | str) -> "Run":
@@ -211,10 +221,15 @@ class Run:
 def arguments(function: Callable[..., Any]) -> dict[str, Any]:
     """Return the keyword arguments with which `function` will run, defaults included, in JSON's types."""
     bound = dict(function.keywords) if isinstance(function, partial) else {}
-    inner = function.func if isinstance(function, partial) else function
-    parameters = inspect.signature(inner).parameters.values()
-    defaults = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is not p.empty}
+    parameters = inspect.signature(unbound(function)).parameters.values()
+    named = [p for p in parameters if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    defaults = {p.name: p.default for p in named if p.default is not p.empty}
     return {key: describe(value) for key, value in {**defaults, **bound}.items()}
+
+
+def unbound(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the function inside a partial."""
+    return function.func if isinstance(function, partial) else function
 
 
 def describe(value: Any) -> Any:

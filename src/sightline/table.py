@@ -13,14 +13,26 @@ from io import StringIO
 from statistics import median
 from typing import Any
 
+from sightline.methods import METHODS
 from sightline.runs import Choice, Run, Score
 
-CONTROLS = frozenset({"fake_cam", "center", "random", "edge"})
+CONTROLS = frozenset(name for name, entry in METHODS.items() if entry.control)
 """Methods that a table needs for comparison only."""
 
 FIELDS = (
-    *("model", "data", "method", "arguments", "explain", "layer", "seed"),
-    *("metric", "value", "half_width", "n", "higher_is_better", "seconds"),
+    "model",
+    "data",
+    "method",
+    "arguments",
+    "explain",
+    "layer",
+    "seed",
+    "metric",
+    "value",
+    "half_width",
+    "n",
+    "higher_is_better",
+    "seconds",
 )
 """Columns of the CSV file."""
 
@@ -113,21 +125,24 @@ def conditions(run: Run) -> dict[str, Hashable]:
 
 
 def differences(runs: Sequence[Run]) -> tuple[str, ...]:
-    """Name the conditions in which runs differ."""
+    """Name the conditions in which runs differ; other images have other predictions, which goes without saying."""
     kept = [conditions(run) for run in runs]
-    return tuple(key for key in kept[0] if len({one[key] for one in kept}) > 1)
+    found = tuple(key for key in kept[0] if len({one[key] for one in kept}) > 1)
+    return tuple(key for key in found if key != "predictions" or "image set" not in found)
 
 
 def headings(groups: Sequence[Mapping[str, Hashable]]) -> list[str]:
     """Name each group by model and data, and by what else tells it from the others."""
-    parts = [[f"{group['model']} on {group['data']}"] for group in groups]
-    for key in list(groups[0])[2:]:
+    names = [f"{group['model']} on {group['data']}" for group in groups]
+    for key in ("explain", "seed", "image set", "predictions"):
         values = list(dict.fromkeys(group[key] for group in groups))
-        if len(values) > 1:
-            for part, group in zip(parts, groups, strict=True):
-                shown = group[key] if key in ("explain", "seed") else f"no. {values.index(group[key]) + 1}"
-                part.append(f"{key} {shown}")
-    return [", ".join(part) for part in parts]
+        if len(values) == 1 or (key == "predictions" and len(set(names)) == len(names)):
+            continue
+        shown = [
+            group[key] if key in ("explain", "seed") else f"no. {values.index(group[key]) + 1}" for group in groups
+        ]
+        names = [f"{name}, {key} {value}" for name, value in zip(names, shown, strict=True)]
+    return names
 
 
 def labels(runs: Sequence[Run]) -> list[str]:
@@ -168,12 +183,10 @@ def fixed(value: float, decimals: int) -> str:
 
 def summary(table: Table) -> str:
     """Say in one sentence what a table is about."""
-    run, competing, controls = table.rows[0].run, len(table.methods), len(table.controls)
-    who = _count(competing, "method") if competing else _count(controls, "control")
-    also = f" and {_count(controls, 'control')}" if controls and competing else ""
+    run, images = table.rows[0].run, _count(len(table.rows[0].run.scores.ids), "image")
+    who = [_counted(table.methods, "method"), _counted(table.controls, "control")]
     verb = "explains" if len(table.rows) == 1 else "explain"
-    images = _count(len(run.scores.ids), "image")
-    what = f"{who}{also} {verb} {named(run.spec.model)} on {images} of {named(run.spec.data)}"
+    what = f"{' and '.join(filter(None, who))} {verb} {named(run.spec.model)} on {images} of {named(run.spec.data)}"
     if run.scores.accuracy is None:
         return f"{what}; accuracy unknown, the images have no labels."
     return f"{what}; it classifies {100 * run.scores.accuracy:.1f} % of them correctly."
@@ -263,10 +276,10 @@ def _best(scores: Sequence[Score | None], texts: Sequence[str], controls: Sequen
 
 def _settings(run: Run) -> dict[str, Any]:
     """Return the method's settings as far as known, defaults and layer included."""
-    inside = run.arguments.get("method")
+    inside, model = run.arguments.get("method"), run.arguments.get("model")
     known = inside if isinstance(inside, Mapping) else run.arguments
-    layer = {} if run.spec.layer is None else {"layer": run.spec.layer}
-    return {**known, **layer, **run.spec.method.settings}
+    layer = run.spec.layer or (model.get("layer") if isinstance(model, Mapping) else None)
+    return {**known, **({"layer": layer} if layer else {}), **run.spec.method.settings}
 
 
 def _shown(value: Any) -> str:
@@ -274,6 +287,12 @@ def _shown(value: Any) -> str:
     if isinstance(value, Mapping) and "name" in value:
         return named(Choice.of(value))
     return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _counted(rows: Sequence[Row], noun: str) -> str:
+    """Count the methods of rows, and the rows where a method has several; nothing for no rows."""
+    count = len({row.run.spec.method.name for row in rows})
+    return (_count(count, noun) + (f" in {len(rows)} settings" if len(rows) > count else "")) if rows else ""
 
 
 def _count(number: int, noun: str) -> str:

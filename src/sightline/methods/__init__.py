@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from sightline.methods._input_x_gradient import input_x_gradient as input_x_gradient
     from sightline.methods._layer_cam import layer_cam as layer_cam
     from sightline.methods._opti_cam import opti_cam as opti_cam
+    from sightline.methods._per_class import per_class as per_class
     from sightline.methods._random import random as random
     from sightline.methods._score_cam import score_cam as score_cam
     from sightline.methods._x_grad_cam import x_grad_cam as x_grad_cam
@@ -169,10 +170,12 @@ METHODS: Mapping[str, Entry] = {
     ),
 }
 
-__all__ = ["METHODS", "Entry", *METHODS]
+__all__ = ["METHODS", "Entry", "per_class", *METHODS]
 
 
 def __getattr__(name: str) -> Any:
     if name in METHODS:
         return METHODS[name].method
+    if name == "per_class":
+        return load("sightline.methods._per_class:per_class")
     raise AttributeError(f"module 'sightline.methods' has no attribute {name!r}")

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -21,6 +22,18 @@ def cam(classifier: Classifier, x: Images, y: Labels | None = None, /) -> Salien
     A, logits = classifier.features_and_logits(x)
     w = head(classifier, A, logits)[check_labels(logits, y)]
     return torch.einsum("bk,bkij->bij", w, A)[:, None]
+
+
+def cams(classifier: Classifier, x: Images, classes: Int[Tensor, "b n"]) -> Float[Tensor, "b n _i _j"]:
+    """Return the CAM of several classes of each image, of one forward pass.
+
+    Raises:
+        ValueError: as `cam`, or a class that the network does not have.
+    """
+    A, logits = classifier.features_and_logits(x)
+    rows = [check_labels(logits, column) for column in classes.unbind(1)]
+    w = head(classifier, A, logits)[torch.stack(rows, 1)]
+    return torch.einsum("bnk,bkij->bnij", w, A)
 
 
 def head(classifier: Classifier, A: Features, logits: Logits) -> Tensor:

@@ -6,7 +6,7 @@ from typing import Literal, TypeAlias, TypeVar
 import torch
 from torch import Tensor
 
-from sightline.classifier import Classifier, check_labels, logit
+from sightline.classifier import Classifier, check_labels, derivative, logit
 from sightline.erase import Eraser, mix, resolve
 from sightline.hooks import differentiable, frozen
 from sightline.maps import resize, unit
@@ -99,17 +99,17 @@ def climb(
     value: Callable[[Tensor, Tensor], Values], u: Tensor, *, steps: int, lr: float, tolerance: float, keep_best: bool
 ) -> Tensor:
     """Return the u that Adam reaches when it maximizes each image's own value."""
-    rows = [row.clone().requires_grad_() for row in u.detach()]
+    rows = [row.clone() for row in u.detach()]
     optimizer = torch.optim.Adam(rows, lr=lr, maximize=True)
     last, best, highest = torch.full_like(u[:, 0], torch.inf), u.detach().clone(), torch.full_like(u[:, 0], -torch.inf)
     active = torch.arange(len(u), device=u.device)
     for _ in range(steps):
         moving = [rows[i] for i in active.tolist()]
-        F = value(torch.stack(moving), active)
-        gradients = torch.autograd.grad(F.sum(), moving)
-        F = F.detach().to(u.dtype)
+        leaf = torch.stack(moving).requires_grad_()
+        values = value(leaf, active)
+        gradients, F = derivative(values, leaf, "the mask"), values.detach().to(u.dtype)
         better = active[highest[active] < F]
-        highest[active], best[better] = torch.maximum(F, highest[active]), torch.stack(rows)[better].detach()
+        highest[active], best[better] = torch.maximum(F, highest[active]), torch.stack(rows)[better]
         unfinished = (F - last[active]).abs() >= tolerance
         last[active] = F
         optimizer.zero_grad()
@@ -119,7 +119,7 @@ def climb(
         active = active[unfinished]
         if len(active) == 0:
             break
-    return best if keep_best else torch.stack(rows).detach()
+    return best if keep_best else torch.stack(rows)
 
 
 def max_normalized(A: Saliency) -> Saliency:

@@ -25,6 +25,8 @@ class Entry:
     paper: str
     unit: str
     higher_is_better: bool
+    axis: str = ""
+    """What the horizontal axis of its curve shows, where it has a curve."""
 
     @property
     def metric(self) -> "Callable[..., Measure]":
@@ -65,6 +67,7 @@ METRICS: Mapping[str, Entry] = {
         "Petsiuk et al. 2018",
         "",
         True,
+        "fraction of pixels inserted",
     ),
     "deletion": Entry(
         "sightline.metrics._insertion:deletion",
@@ -72,6 +75,7 @@ METRICS: Mapping[str, Entry] = {
         "Petsiuk et al. 2018",
         "",
         False,
+        "fraction of pixels deleted",
     ),
 }
 

@@ -76,7 +76,7 @@ class Measure:
     def __call__(self, case: Case) -> Float[Tensor, "b width"]:
         """Return (b, width) numbers of one batch."""
         with torch.no_grad():
-            return self.score(case).double().view(len(case.x), self.width)
+            return self.score(case).double().reshape(len(case.x), self.width)
 
 
 def check_scored(scored: str) -> None:

@@ -1,0 +1,396 @@
+"""The report. Runs as one self-contained page: table, curves, gallery, best and worst cases, provenance.
+
+Pure: the same runs and pictures give the same bytes. No script, and nothing is loaded from elsewhere.
+"""
+
+import base64
+import hashlib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
+from markupsafe import Markup
+
+from sightline.metrics import METRICS
+from sightline.runs import Run, Score, write_text
+from sightline.table import NOTHING, Column, Row, Table, differences, digits, fixed, named, summary, tables
+
+TITLE = "Saliency report"
+
+MAGIC = {b"\x89PNG\r\n\x1a\n": "image/png", b"\xff\xd8\xff": "image/jpeg"}
+"""First bytes of the pictures that a page can show."""
+
+COLORS, DASHES = 12, 4
+"""Line colors of methods and dash patterns of controls in the style sheet."""
+
+CASES = 3
+"""Best and worst images a method, at most."""
+
+
+@dataclass(frozen=True)
+class Frame:
+    """Where a chart's axes lie in its drawing of 460 x 300 units, and the values that the vertical one spans."""
+
+    bottom: float
+    top: float
+    ticks: tuple[tuple[float, str], ...]
+    left: float = 58.0
+    right: float = 450.0
+    high: float = 12.0
+    low: float = 252.0
+
+    def x(self, fraction: float) -> float:
+        """Place a fraction of the way."""
+        return self.left + fraction * (self.right - self.left)
+
+    def y(self, value: float) -> float:
+        """Place a value; up is more."""
+        return self.low - (value - self.bottom) / (self.top - self.bottom) * (self.low - self.high)
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One chart: a metric, what its horizontal axis says, and a polyline a row that has a curve, controls first."""
+
+    column: Column
+    axis: str
+    lines: tuple[tuple[Row, str], ...]
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """The metric by which images are ranked, its numbers by row label and image, and the decimals to show."""
+
+    metric: Column | None
+    numbers: Mapping[str, Mapping[str, float]]
+    decimals: int
+
+
+@dataclass(frozen=True)
+class Shot:
+    """A picture of the page: its name in the style sheet and its data URI, or the reason why there is none."""
+
+    alt: str
+    name: str = ""
+    uri: str = ""
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Example:
+    """One image under one method, with its number in the chosen metric."""
+
+    id: str
+    shot: Shot
+    value: str
+
+
+@dataclass(frozen=True)
+class Photo:
+    """One image: what it is, what the classifier says, and an example a row of the table."""
+
+    id: str
+    shot: Shot
+    label: str | None
+    predicted: str
+    right: bool | None
+    probability: str
+    examples: tuple[Example, ...]
+
+
+@dataclass(frozen=True)
+class Case:
+    """The images on which a method does best and worst."""
+
+    row: Row
+    best: tuple[Example, ...]
+    worst: tuple[Example, ...]
+
+
+@dataclass(frozen=True)
+class Note:
+    """Something that is not in the pictures or numbers: what, of which image, why, and in which runs."""
+
+    what: str
+    image: str
+    reason: str
+    who: str
+
+
+@dataclass(frozen=True)
+class Section:
+    """What the page shows of one table: `styles` by row label; `pictured` counts the images that have pictures."""
+
+    table: Table
+    summary: str
+    styles: Mapping[str, str]
+    frame: Frame
+    panels: tuple[Panel, ...]
+    metric: Column | None
+    pictured: int
+    photos: tuple[Photo, ...]
+    cases: tuple[Case, ...]
+    notes: tuple[Note, ...]
+
+
+def report(runs: Sequence[Run], *, roots: Sequence[Path], title: str = TITLE, images: int = 8) -> str:
+    """Write runs as one HTML page; `roots` are the folders of the runs' files, from which pictures are read.
+
+    The gallery shows the first `images` images that have pictures; best and worst cases come from all that have.
+
+    Raises:
+        ValueError: no runs, or not one root a run.
+    """
+    found = tables(runs)
+    if len(roots) != len(runs):
+        raise ValueError(f"expected one folder a run, got {len(roots)} folders for {len(runs)} runs")
+    sections = [_section(table, roots, images) for table in found]
+    shots = (shot for part in sections for _, _, shot in _shots(part.table, part.photos, part.cases))
+    sheet = {shot.name: shot.uri for shot in shots if shot.uri}
+    styles = dict.fromkeys(style for part in sections for style in part.styles.values())
+    return _template().render(
+        title=title, sections=sections, sheet=sheet, styles=styles, apart=differences(runs), meanings=meanings()
+    )
+
+
+def meanings() -> dict[str, str]:
+    """Return what a reader is told about each metric."""
+    return {name: f"{entry.summary}{f', in {entry.unit}' if entry.unit else ''}" for name, entry in METRICS.items()}
+
+
+def axis(metric: str) -> str:
+    """Return what a curve's horizontal axis is called."""
+    return METRICS[metric].axis if metric in METRICS else "fraction of the way"
+
+
+def write(paths: Sequence[Path], out: Path, *, title: str = TITLE, images: int = 8) -> Path:
+    """Read runs and write their page, atomically.
+
+    Raises:
+        FileNotFoundError: no such run.
+        ValueError: no runs, or a file that is not a run.
+    """
+    runs = [Run.read(path) for path in paths]
+    return write_text(out, report(runs, roots=[path.parent for path in paths], title=title, images=images))
+
+
+@cache
+def _template() -> Template:
+    """Load the page's template, which lies beside this file."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters.update(breakable=_breakable, parted=_parted, toml=_toml, plain=_plain)
+    return environment.get_template("report.html.jinja")
+
+
+def _breakable(name: str) -> Markup:
+    """Let a long name break behind its underscores."""
+    return Markup("_<wbr>").join(name.split("_"))
+
+
+def _parted(label: str) -> tuple[str, str]:
+    """Part a label into its name and its settings without the brackets around them."""
+    name, _, rest = label.partition("(")
+    inside, _, behind = rest.rpartition(")")
+    return name, inside + behind
+
+
+def _toml(run: Run) -> str:
+    """Write the specification of a run as the TOML that gives it again."""
+    return tomli_w.dumps(_without_none(run.spec.plain())).strip()
+
+
+def _without_none(value: Any) -> Any:
+    """Drop what TOML cannot say, and sort what has no order."""
+    if isinstance(value, Mapping):
+        return {key: _without_none(item) for key, item in sorted(value.items()) if item is not None}
+    if isinstance(value, list | tuple):
+        return [_without_none(item) for item in value]
+    return value
+
+
+def _plain(table: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """Flatten nested tables to dotted keys in alphabetical order."""
+    lines: list[tuple[str, str]] = []
+    for key, value in sorted(table.items()):
+        nested = isinstance(value, Mapping) and value
+        lines += _plain(value, f"{prefix}{key}.") if nested else [(f"{prefix}{key}", str(value))]
+    return lines
+
+
+def _section(table: Table, roots: Sequence[Path], images: int) -> Section:
+    """Gather what one table's part of the page shows."""
+    ranking = _ranking(table)
+    ids = [name for name in table.rows[0].run.scores.ids if any(name in row.run.pictures for row in table.rows)]
+    photos = tuple(_photo(table, name, ranking=ranking, roots=roots) for name in ids[:images])
+    cases = tuple(_case(row, ranking=ranking, roots=roots) for row in table.methods)
+    frame = _frame([value for row in table.rows for score in row.run.scores.scores for value in score.curve])
+    return Section(
+        table=table,
+        summary=summary(table),
+        styles=_styles(table),
+        frame=frame,
+        panels=tuple(panel for column in table.columns if (panel := _panel(table, column, frame)).lines),
+        metric=ranking.metric,
+        pictured=len(ids),
+        photos=photos,
+        cases=tuple(case for case in cases if case.best),
+        notes=_notes(table, photos, cases if ids else ()),
+    )
+
+
+def _styles(table: Table) -> dict[str, str]:
+    """Give every method a color and every control a dash pattern; beyond the last they start again."""
+    methods = {row.label: f"k{i % COLORS}" for i, row in enumerate(table.methods)}
+    return {**methods, **{row.label: f"g{i % DASHES}" for i, row in enumerate(table.controls)}}
+
+
+def _score(row: Row, column: Column) -> Score | None:
+    """Return the score of a row that stands in a column."""
+    return next((score for score in row.run.scores.scores if named(score.metric) == column.label), None)
+
+
+def _frame(values: Sequence[float]) -> Frame:
+    """Choose the vertical axis: from 0 (or below) to a round number, with about five ticks."""
+    finite = [value for value in values if math.isfinite(value)]
+    low, high = min([0.0, *finite]), max([0.0, *finite])
+    rough = (high - low or 1.0) / 5
+    unit = 10.0 ** math.floor(math.log10(rough))
+    step = next(unit * factor for factor in (1, 2, 5, 10) if unit * factor >= rough * (1 - 1e-9))
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    decimals = max(0, -math.floor(math.log10(step)))
+    ticks = tuple((i * step, fixed(i * step, decimals)) for i in range(first, max(last, first + 1) + 1))
+    return Frame(ticks[0][0], ticks[-1][0], ticks)
+
+
+def _panel(table: Table, column: Column, frame: Frame) -> Panel:
+    """Draw the curves of one metric."""
+    scores = [(row, _score(row, column)) for row in (*table.controls, *table.methods)]
+    lines = [(row, _points(score.curve, frame)) for row, score in scores if score is not None]
+    return Panel(column, axis(column.metric.name), tuple(line for line in lines if line[1]))
+
+
+def _points(curve: Sequence[float], frame: Frame) -> str:
+    """Write a curve, its steps evenly spaced from 0 to 1, as an SVG polyline; empty where there is no line."""
+    if len(curve) < 2:
+        return ""
+    placed = [(frame.x(i / (len(curve) - 1)), value) for i, value in enumerate(curve) if math.isfinite(value)]
+    return " ".join(f"{x:.2f},{frame.y(value):.2f}" for x, value in placed)
+
+
+def _ranking(table: Table) -> Ranking:
+    """Rank images by insertion, else by the first metric with a number an image."""
+    ranked = [column for column in table.columns if any(_numbers(row, column) for row in table.rows)]
+    metric = next((column for column in ranked if column.metric.name == "insertion"), next(iter(ranked), None))
+    numbers = {row.label: _numbers(row, metric) for row in table.rows}
+    return Ranking(metric, numbers, digits([value for kept in numbers.values() for value in kept.values()]))
+
+
+def _numbers(row: Row, column: Column | None) -> Mapping[str, float]:
+    """Return a metric's number an image, where there is one."""
+    score = None if column is None else _score(row, column)
+    ids = row.run.scores.ids
+    if score is None or len(score.per_image) != len(ids):
+        return {}
+    return {name: value for name, value in zip(ids, score.per_image, strict=True) if math.isfinite(value)}
+
+
+def _photo(table: Table, name: str, *, ranking: Ranking, roots: Sequence[Path]) -> Photo:
+    """Show one image and what every method makes of it."""
+    owner = next(row for row in table.rows if name in row.run.pictures)
+    run, place = owner.run, owner.run.scores.ids.index(name)
+    label, predicted = run.scores.labels[place], run.scores.predicted[place]
+    return Photo(
+        id=name,
+        shot=_shot(owner, name, "image", root=roots[owner.index]),
+        label=None if label is None else _class(run, label),
+        predicted=_class(run, predicted),
+        right=None if label is None else label == predicted,
+        probability=f"{100 * run.scores.probability[place]:.0f}\N{NO-BREAK SPACE}%",
+        examples=tuple(_example(row, name, ranking=ranking, roots=roots) for row in table.rows),
+    )
+
+
+def _class(run: Run, index: int) -> str:
+    return run.classes[index] if 0 <= index < len(run.classes) else f"class {index}"
+
+
+def _case(row: Row, *, ranking: Ranking, roots: Sequence[Path]) -> Case:
+    """Choose the images on which a method does best and worst, no image twice."""
+    run, numbers, metric = row.run, ranking.numbers[row.label], ranking.metric
+    shown = [name for name in numbers if not run.pictures or name in run.pictures or name in run.scores.degenerate]
+    order = sorted(shown, key=lambda name: numbers[name], reverse=metric is not None and metric.higher_is_better)
+    count = min(CASES, len(order) // 2)
+    best, worst = order[:count], order[::-1][:count]
+    show = partial(_example, row, ranking=ranking, roots=roots)
+    return Case(row, tuple(show(name) for name in best), tuple(show(name) for name in worst))
+
+
+def _example(row: Row, name: str, *, ranking: Ranking, roots: Sequence[Path]) -> Example:
+    """Show one image under one method."""
+    value = ranking.numbers[row.label].get(name)
+    text = NOTHING if value is None else fixed(value, ranking.decimals)
+    return Example(name, _shot(row, name, "overlay", root=roots[row.index]), text)
+
+
+def _shot(row: Row, name: str, kind: str, *, root: Path) -> Shot:
+    """Read one picture of a run."""
+    alt = f"{row.label} on {name}" if kind == "overlay" else name
+    path = row.run.pictures.get(name, {}).get(kind)
+    if path is not None:
+        return _read(root, path, alt)
+    return Shot(alt, reason=row.run.scores.degenerate.get(name, "not saved") if kind == "overlay" else "not saved")
+
+
+def _read(root: Path, path: str, alt: str) -> Shot:
+    """Read a picture file into the page; a page takes no other files, and none from outside the run's folder."""
+    if not (root / path).resolve().is_relative_to(root.resolve()):
+        return Shot(alt, reason=f"{path} lies outside the run's folder")
+    try:
+        content = (root / path).read_bytes()
+    except OSError:
+        return Shot(alt, reason=f"{path} cannot be read")
+    kind = next((kind for magic, kind in MAGIC.items() if content.startswith(magic)), None)
+    if kind is None:
+        return Shot(alt, reason=f"{path} is neither PNG nor JPEG")
+    uri = f"data:{kind};base64,{base64.b64encode(content).decode('ascii')}"
+    return Shot(alt, name=f"p{hashlib.sha256(content).hexdigest()[:16]}", uri=uri)
+
+
+def _shots(table: Table, photos: Sequence[Photo], cases: Sequence[Case]) -> Iterator[tuple[str, str, Shot]]:
+    """List every picture of a section with its method (empty for the image itself) and image."""
+    for photo in photos:
+        yield "", photo.id, photo.shot
+        for row, example in zip(table.rows, photo.examples, strict=True):
+            yield row.label, photo.id, example.shot
+    for case in cases:
+        yield from ((case.row.label, example.id, example.shot) for example in (*case.best, *case.worst))
+
+
+def _notes(table: Table, photos: Sequence[Photo], cases: Sequence[Case]) -> tuple[Note, ...]:
+    """List what is missing and why, each thing once."""
+    found: dict[tuple[str, str, str], dict[str, None]] = {}
+    for row in table.rows:
+        for image, reason in sorted(row.run.scores.degenerate.items()):
+            found.setdefault(("map that says nothing", image, reason), {})[row.label] = None
+        for image, reason in sorted(row.run.skipped.items()):
+            found.setdefault(("skipped file", image, reason), {})[row.label] = None
+    for label, image, shot in _shots(table, photos, cases):
+        if shot.reason and ("map that says nothing", image, shot.reason) not in found:
+            found.setdefault(("missing picture", image, shot.reason), {})[label] = None
+    return tuple(Note(*key, _who(list(labels), len(table.rows))) for key, labels in sorted(found.items()))
+
+
+def _who(labels: Sequence[str], count: int) -> str:
+    return "all" if count == len(labels) > 1 else ", ".join(labels)

@@ -1,0 +1,241 @@
+"""Pictures. Saliency as color, over the photo, on contact sheets, as PNG.
+
+Nothing here scales a map: `maps.resize` and `maps.unit` are steps of their own. Colors come from matplotlib's tables.
+"""
+
+from collections.abc import Sequence
+from io import BytesIO
+
+import matplotlib
+import numpy as np
+import torch
+from jaxtyping import Float
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from sightline.maps import degenerate
+from sightline.registry import unknown
+
+ROUNDING = 1e-4
+"""How far a value may leave [0, 1] and still count as rounding."""
+
+LUMA = (0.299, 0.587, 0.114)
+"""Weights of red, green and blue in a gray picture (ITU-R BT.601)."""
+
+INK, PAPER, VOID = (32, 34, 38), (255, 255, 255), (238, 239, 241)
+"""Colors of a contact sheet: its text, its ground, a cell without a picture."""
+
+
+def colorize(saliency: Float[Tensor, "*b i j"], *, cmap: str = "inferno") -> Float[Tensor, "*_b i j"]:
+    """Turn maps in [0, 1] into colors: (h, w) into (3, h, w), (b, 1, h, w) into (b, 3, h, w).
+
+    Raises:
+        LookupError: matplotlib has no such color map.
+        ValueError: a value outside [0, 1] or not finite, or another shape.
+    """
+    if saliency.ndim not in (2, 4) or (saliency.ndim == 4 and saliency.shape[1] != 1):
+        raise ValueError(f"expected maps of shape (h, w) or (b, 1, h, w), got {tuple(saliency.shape)}")
+    _check_unit(saliency, "saliency", "scale it with maps.unit")
+    index = (saliency.clamp(0, 1) * 255).round().long()
+    colors = _table(cmap).to(saliency)[index]
+    return colors.permute(2, 0, 1) if saliency.ndim == 2 else colors[:, 0].permute(0, 3, 1, 2)
+
+
+def overlay(
+    image: Float[Tensor, "ch h w"],
+    saliency: Float[Tensor, "i j"],
+    *,
+    alpha: float = 0.8,
+    fade: float = 0.5,
+    cmap: str = "inferno",
+) -> Float[Tensor, "3 h w"]:
+    """Lay a map s in [0, 1] over an image x in [0, 1] so that the unimportant shows the photo, darker and grayer.
+
+    w = s^0.7, p = x + fade (1 - w) (luma(x) / 2 - x), out = (1 - alpha w) p + alpha w color(s).
+
+    Raises:
+        LookupError: matplotlib has no such color map.
+        ValueError: another size than the image's, a map that says nothing (constant, all zero, not finite), or values
+            outside [0, 1].
+    """
+    x = _rgb(image)
+    _check_map(saliency, x)
+    return _blend(x, colorize(saliency, cmap=cmap), saliency.clamp(0, 1), alpha=alpha, fade=fade)
+
+
+def overlay_signed(
+    image: Float[Tensor, "ch h w"],
+    saliency: Float[Tensor, "i j"],
+    *,
+    alpha: float = 0.8,
+    fade: float = 0.3,
+    cmap: str = "bwr",
+) -> Float[Tensor, "3 h w"]:
+    """Lay a signed map s of any range over an image in [0, 1]: red speaks for the class, blue against it.
+
+    t = s / max |s|; as in `overlay`, with |t| for the weight and color((1 + t) / 2): 0 shows the photo.
+
+    Raises:
+        LookupError: matplotlib has no such color map.
+        ValueError: another size than the image's, a map that says nothing (constant, all zero, not finite), or an image
+            outside [0, 1].
+    """
+    x = _rgb(image)
+    _check_map(saliency, x)
+    t = saliency / saliency.abs().max()
+    return _blend(x, colorize((1 + t) / 2, cmap=cmap), t.abs(), alpha=alpha, fade=fade)
+
+
+def to_pil(image: Float[Tensor, "ch h w"]) -> Image.Image:
+    """Turn an image in [0, 1] into an 8-bit RGB picture.
+
+    Raises:
+        ValueError: neither one nor three channels, or values outside [0, 1].
+    """
+    pixels = (_rgb(image).clamp(0, 1) * 255).round().byte()
+    return Image.fromarray(np.ascontiguousarray(pixels.permute(1, 2, 0).cpu().numpy()))
+
+
+def png(image: Float[Tensor, "ch h w"] | Image.Image) -> bytes:
+    """Encode an image as PNG, without a time stamp: the same image, the same bytes.
+
+    Raises:
+        ValueError: as in `to_pil`.
+    """
+    return _encode(image, "PNG", optimize=True)
+
+
+def jpeg(image: Float[Tensor, "ch h w"] | Image.Image, *, quality: int = 90) -> bytes:
+    """Encode an image as JPEG with full color resolution, for thumbnails: about a quarter of a PNG's size.
+
+    Raises:
+        ValueError: as in `to_pil`.
+    """
+    return _encode(image, "JPEG", quality=quality, subsampling=0, optimize=True)
+
+
+def grid(
+    rows: Sequence[Sequence[Float[Tensor, "_ch _h _w"] | None]],
+    *,
+    columns: Sequence[str] = (),
+    titles: Sequence[str] = (),
+    cell: int = 160,
+    gap: int = 8,
+) -> Image.Image:
+    """Draw a contact sheet: one line of pictures a row, `columns` above them and row `titles` at their left.
+
+    Pictures are fitted into square cells of `cell` pixels, `gap` pixels apart; None leaves its cell gray.
+
+    Raises:
+        ValueError: no picture, rows of different lengths, or not one title a row and column.
+    """
+    width = _check_sheet(rows, columns, titles)
+    font = ImageFont.load_default(max(10, cell // 11))
+    above, left = [_wrap(name, cell, font) for name in columns], [_wrap(name, cell, font) for name in titles]
+    top = gap + _height(above, font) + (gap if columns else 0)
+    side = gap + _width(left, font) + (gap if titles else 0)
+    step = cell + gap
+    sheet = Image.new("RGB", (side + step * width, top + step * len(rows)), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    for i, lines in enumerate(above):
+        draw.text((side + i * step + cell / 2, top - gap), "\n".join(lines), INK, font, anchor="md", align="center")
+    for j, lines in enumerate(left):
+        draw.text((gap, top + j * step + cell / 2), "\n".join(lines), INK, font, anchor="lm")
+    for j, row in enumerate(rows):
+        for i, image in enumerate(row):
+            _paste(sheet, image, (side + i * step, top + j * step), cell)
+    return sheet
+
+
+def _encode(image: Tensor | Image.Image, form: str, **options: int) -> bytes:
+    file = BytesIO()
+    (image if isinstance(image, Image.Image) else to_pil(image)).save(file, form, **options)
+    return file.getvalue()
+
+
+def _rgb(image: Tensor) -> Tensor:
+    """Check an image and repeat gray."""
+    if image.ndim != 3 or image.shape[0] not in (1, 3):
+        raise ValueError(f"expected one image (3, h, w) or (1, h, w), got {tuple(image.shape)}")
+    _check_unit(image, "image", "undo the normalization or divide by 255")
+    return image.expand(3, -1, -1)
+
+
+def _check_unit(values: Tensor, what: str, remedy: str) -> None:
+    """Refuse what is not finite or outside [0, 1]."""
+    if not values.isfinite().all():
+        raise ValueError(f"the {what} is not finite: NaN or infinity cannot be drawn")
+    low, high = values.min().item(), values.max().item()
+    if low < -ROUNDING or high > 1 + ROUNDING:
+        raise ValueError(f"expected the {what} in [0, 1], got {low:g} to {high:g}; {remedy}")
+
+
+def _check_map(saliency: Tensor, image: Tensor) -> None:
+    """Refuse a map of another size, and one that shows nothing."""
+    if saliency.shape != image.shape[1:]:
+        shapes = f"{tuple(saliency.shape)} over an image of {tuple(image.shape[1:])}"
+        raise ValueError(f"the map has another size, {shapes} pixels; bring it there with maps.resize")
+    if reason := degenerate(saliency[None, None])[0]:
+        raise ValueError(f"the map is {reason}: it says nothing about where, so it is not drawn; report it instead")
+
+
+def _table(cmap: str) -> Float[Tensor, "256 3"]:
+    """Return the 256 colors of one of matplotlib's maps."""
+    if cmap not in matplotlib.colormaps:
+        raise LookupError(unknown(cmap, matplotlib.colormaps, "color map"))
+    return torch.from_numpy(matplotlib.colormaps[cmap](np.linspace(0, 1, 256))[:, :3])
+
+
+def _blend(x: Tensor, color: Tensor, strength: Tensor, *, alpha: float, fade: float) -> Tensor:
+    """Mix photo and color by strength in [0, 1]; the weak parts of the photo fade."""
+    weight = strength**0.7
+    luma = (x * x.new_tensor(LUMA).view(3, 1, 1)).sum(0)
+    photo = x + fade * (1 - weight) * (luma / 2 - x)
+    return photo + alpha * weight * (color - photo)
+
+
+def _check_sheet(rows: Sequence[Sequence[object]], columns: Sequence[str], titles: Sequence[str]) -> int:
+    """Check that a sheet is rectangular and fully titled; return its width in cells."""
+    widths = {len(row) for row in rows}
+    if not widths or widths == {0}:
+        raise ValueError("a contact sheet needs at least one picture, got none")
+    if len(widths) > 1:
+        raise ValueError(f"expected rows of one length, got {[len(row) for row in rows]}; fill gaps with None")
+    width = widths.pop()
+    if columns and len(columns) != width:
+        raise ValueError(f"expected {width} column titles, got {len(columns)}")
+    if titles and len(titles) != len(rows):
+        raise ValueError(f"expected {len(rows)} row titles, got {len(titles)}")
+    return width
+
+
+def _wrap(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> list[str]:
+    """Break a title into lines that fit, behind spaces and underscores; a longer word stays whole."""
+    lines = [""]
+    for word in text.replace("_", "_\0").replace(" ", " \0").split("\0"):
+        if lines[-1] and font.getlength((lines[-1] + word).rstrip()) > width:
+            lines.append("")
+        lines[-1] += word
+    return [line.rstrip() for line in lines]
+
+
+def _height(titles: Sequence[Sequence[str]], font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> int:
+    """Return the height of the tallest title."""
+    draw = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    return max((round(draw.textbbox((0, 0), "\n".join(lines), font=font)[3]) for lines in titles), default=0)
+
+
+def _width(titles: Sequence[Sequence[str]], font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> int:
+    """Return the width of the widest line."""
+    return max((round(font.getlength(line)) for lines in titles for line in lines), default=0)
+
+
+def _paste(sheet: Image.Image, image: Tensor | None, corner: tuple[int, int], cell: int) -> None:
+    """Fit a picture into the middle of its cell."""
+    if image is None:
+        sheet.paste(VOID, (*corner, corner[0] + cell, corner[1] + cell))
+        return
+    picture = to_pil(image)
+    scale = cell / max(picture.size)
+    fitted = picture.resize((max(1, round(picture.width * scale)), max(1, round(picture.height * scale))))
+    sheet.paste(fitted, (corner[0] + (cell - fitted.width) // 2, corner[1] + (cell - fitted.height) // 2))

@@ -1,0 +1,150 @@
+from collections import OrderedDict, namedtuple
+
+import pytest
+import torch
+from torch import nn
+
+from sightline.hooks import capture, cut, differentiable, edit, first, frozen, name_of, put_first, submodule
+
+
+class Repeated(nn.Module):
+    """Calls one module twice, and changes a layer's output in place behind it."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 3, padding=1)
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, x):
+        return self.relu(self.conv(self.relu(self.conv(x)) - 0.1)).sum((2, 3))
+
+
+@pytest.fixture
+def repeated(seeded):
+    return seeded(Repeated, seed=4)
+
+
+@pytest.fixture
+def image():
+    return torch.rand(2, 3, 5, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+def test_submodule_by_dotted_name_and_by_a_second_name(pooled):
+    model = pooled.model
+    model.other = model.last[1]
+    assert submodule(model, "last.1") is submodule(model, "other") is model.last[1]
+    assert name_of(model, model.other) == "last.1"
+
+
+@pytest.mark.parametrize(("name", "near"), [("lats", "did you mean last"), ("", "known: drop, head"), ("zzz", "known:")])
+def test_an_unknown_layer_names_its_neighbors(pooled, name, near):
+    with pytest.raises(LookupError, match=f"no layer called '{name}'; {near}"):
+        submodule(pooled.model, name)
+
+
+def test_a_module_of_another_network_is_an_error(pooled, networks):
+    with pytest.raises(LookupError, match="the layer Sequential is not inside Pooled; give a module of this very model"):
+        name_of(pooled.model, networks.pooled().last)
+
+
+def test_frozen_evaluates_and_gives_every_flag_back(pooled):
+    model = pooled.model
+    model.train()
+    model.last.eval()
+    model.stem[0].weight.requires_grad_(False)
+    modes, grads = [m.training for m in model.modules()], [p.requires_grad for p in model.parameters()]
+    assert True in modes
+    assert False in modes
+    with frozen(model), frozen(model):
+        assert not any(m.training for m in model.modules())
+        assert not any(p.requires_grad for p in model.parameters())
+    assert modes == [m.training for m in model.modules()]
+    assert grads == [p.requires_grad for p in model.parameters()]
+    with pytest.raises(KeyError), frozen(model):
+        raise KeyError
+    assert modes == [m.training for m in model.modules()]
+    assert grads == [p.requires_grad for p in model.parameters()]
+
+
+def test_captured_features_are_those_before_an_in_place_relu(repeated, image):
+    with capture(repeated, ["conv", "relu"]) as found:
+        repeated(image)
+    second = repeated.conv(repeated.conv(image).relu() - 0.1)
+    assert (second < 0).any()
+    assert torch.equal(found["conv"], second)
+    assert torch.equal(found["relu"], second.relu())
+
+
+def test_cut_makes_a_leaf_of_each_call_and_the_last_one_counts(repeated, image):
+    with cut(repeated, "conv") as leaves:
+        output = repeated(image.requires_grad_())
+    assert [leaf.is_leaf and leaf.requires_grad for leaf in leaves] == [True, True]
+    (gradient,) = torch.autograd.grad(output.sum(), leaves[1], retain_graph=True)
+    assert torch.equal(gradient, (leaves[1] > 0).double())
+    reached = torch.autograd.grad(output.sum(), [leaves[0], image], allow_unused=True)
+    assert reached == (None, None)
+
+
+def test_edit_replaces_an_output_and_only_while_inside(repeated, image):
+    before = repeated(image)
+    with edit(repeated, "conv", torch.zeros_like):
+        assert torch.equal(repeated(image), torch.zeros_like(before))
+    assert torch.equal(repeated(image), before)
+
+
+def test_hooks_are_gone_after_an_error(repeated, trace, plain):
+    changed = trace(repeated)
+    for look_inside in (capture(repeated, ["conv", "relu"]), cut(repeated, "conv"), edit(repeated, "conv", lambda a: a)):
+        with pytest.raises(RuntimeError), look_inside:
+            repeated(torch.zeros(1, 7, 5, 6, dtype=torch.float64))
+    with pytest.raises(LookupError), capture(repeated, ["conv", "nothing"]):
+        pass
+    assert changed() == []
+
+
+def test_differentiable_wins_over_the_caller():
+    for mode in (torch.no_grad(), torch.inference_mode()):
+        with mode:
+            with differentiable():
+                leaf = torch.ones(2).requires_grad_()
+                assert torch.autograd.grad((leaf**2).sum(), leaf)[0].tolist() == [2, 2]
+            assert not torch.is_grad_enabled()
+
+
+Pair = namedtuple("Pair", ["a", "b"])
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda t: (t, "rest"),
+        lambda t: [t, "rest"],
+        lambda t: Pair("before", t),
+        lambda t: {"mask": None, "hidden": t},
+        lambda t: OrderedDict(mask=None, hidden=t),
+    ],
+    ids=["tuple", "list", "namedtuple", "dict", "OrderedDict"],
+)
+def test_the_first_tensor_of_an_output_is_read_and_replaced(make):
+    old, new = torch.zeros(1), torch.ones(1)
+    output = make(old)
+    assert first(output) is old
+    changed = put_first(output, new)
+    assert type(changed) is type(output)
+    assert first(changed) is new
+    assert first(output) is old
+    assert str(changed) == str(output).replace("0.", "1.")
+
+
+def test_an_output_without_a_tensor_has_none():
+    assert first("text") is None
+    assert first({"a": 1}) is None
+    assert first((None, [torch.ones(1)])) is None
+
+
+def test_a_layer_inside_a_tuple_is_captured_and_cut(tokens, x):
+    name = "attention"
+    with capture(tokens.model, [name]) as found, cut(tokens.model, name) as leaves:
+        output = tokens.model(x)
+    assert torch.equal(found[name], leaves[0].detach())
+    assert torch.autograd.grad(output.sum(), leaves[0])[0].abs().sum() > 0
