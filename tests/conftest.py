@@ -1,5 +1,6 @@
 """Small networks of fixed seeds, images, and what a network looks like from outside before and after a call."""
 
+import copy
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -53,7 +54,7 @@ class Curved(nn.Module):
 class Tokens(nn.Module):
     """A transformer of two blocks: patches of 8 pixels behind `prefix` other tokens, features of either sign."""
 
-    def __init__(self, classes=5, prefix=1, patch=8, width=12):
+    def __init__(self, classes=5, prefix=1, patch=8, width=12, trained=True):
         super().__init__()
         self.prefix = prefix
         self.embed = nn.Conv2d(3, width, patch, patch)
@@ -62,6 +63,9 @@ class Tokens(nn.Module):
         self.attention = nn.MultiheadAttention(width, 2, batch_first=True)
         self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
         self.norm = nn.LayerNorm(width)
+        if trained:
+            nn.init.uniform_(self.norm1.weight, 0.5, 1.5)
+            nn.init.uniform_(self.norm1.bias, -0.5, 0.5)
         self.head = nn.Linear(width, classes)
 
     def forward(self, x):
@@ -105,23 +109,29 @@ def seeded() -> Callable[..., nn.Module]:
     return build
 
 
-def wrapped(model, layer) -> Classifier:
-    return wrap(model, layer=layer, normalization=NORMALIZATION, size=(24, 32))
+@pytest.fixture(scope="session")
+def classifiers(seeded) -> dict[str, Classifier]:
+    """The three networks as classifiers; tests get copies."""
+    networks = {"pooled": (Pooled, 7, "last"), "curved": (Curved, 33, "last"), "tokens": (Tokens, 3, "norm1")}
+    return {
+        name: wrap(seeded(make, seed=seed), layer=layer, normalization=NORMALIZATION, size=(24, 32))
+        for name, (make, seed, layer) in networks.items()
+    }
 
 
 @pytest.fixture
-def pooled(seeded) -> Classifier:
-    return wrapped(seeded(Pooled, seed=1), "last")
+def pooled(classifiers) -> Classifier:
+    return copy.deepcopy(classifiers["pooled"])
 
 
 @pytest.fixture
-def curved(seeded) -> Classifier:
-    return wrapped(seeded(Curved, seed=2), "last")
+def curved(classifiers) -> Classifier:
+    return copy.deepcopy(classifiers["curved"])
 
 
 @pytest.fixture
-def tokens(seeded) -> Classifier:
-    return wrapped(seeded(Tokens, seed=3), "norm1")
+def tokens(classifiers) -> Classifier:
+    return copy.deepcopy(classifiers["tokens"])
 
 
 @pytest.fixture

@@ -1,3 +1,4 @@
+import math
 import pickle
 from dataclasses import replace
 from itertools import combinations
@@ -45,7 +46,33 @@ def shown(request):
 @pytest.fixture(scope="module")
 def plain():
     dataset = creatures("train")
-    return dataset, [dataset[index] for index in range(1000)]
+    return dataset, [dataset[index] for index in range(600)]
+
+
+def test_the_distance_to_a_union_of_capsules():
+    u, v = (axis.astype(np.float32) for axis in np.meshgrid(np.linspace(-2, 2, 41), np.linspace(-2, 2, 41)))
+    ball, bar = (0.5, 0.0, 0.4, 0.5, 0.0, 0.4), (-1.0, -1.0, 0.2, 0.5, 1.0, 0.2)
+    centers = [(-1 + 1.5 * t, -1 + 2 * t) for t in np.linspace(0, 1, 2001)]
+    slow = np.minimum.reduce([np.hypot(u - x, v - y) for x, y in centers]) - 0.2
+    assert np.abs(drawing.distance((ball,), u, v) - (np.hypot(u - 0.5, v) - 0.4)).max() < 1e-5
+    assert np.abs(drawing.distance((bar,), u, v) - slow).max() < 1e-3
+    crisp, soft = drawing.distance((ball, bar), u, v), drawing.distance((ball, bar), u, v, blend=0.3)
+    assert np.abs(crisp - np.minimum(slow, np.hypot(u - 0.5, v) - 0.4)).max() < 1e-3
+    assert (crisp - soft).min() == pytest.approx(0, abs=1e-6)
+    assert (crisp - soft).max() == pytest.approx(0.3 / 4, rel=0.05)
+    with pytest.raises(ValueError, match="at least one capsule, got none"):
+        drawing.distance((), u, v)
+
+
+def test_canonical_coordinates_go_to_pixels_and_back():
+    for flip in (False, True):
+        pose = drawing.Pose(30.0, 20.0, 40.0, 0.3, flip)
+        points = [(0.1, -0.2), (0.5, 0.4), (-0.3, 0.0)]
+        x, y = (np.array(axis, np.float32) for axis in zip(*drawing.to_image(pose, points), strict=True))
+        assert np.hypot(x - 30, y - 20) == pytest.approx([40 * math.hypot(*point) for point in points])
+        assert np.stack(drawing.to_canonical(pose, x, y), 1) == pytest.approx(np.array(points), abs=1e-5)
+    right, left = (drawing.to_image(drawing.Pose(0.0, 0.0, 10.0, 0.0, flip), [(0.5, 0.1)])[0] for flip in (False, True))
+    assert (right, left) == ((5.0, 1.0), (-5.0, 1.0))
 
 
 def test_the_interface():
@@ -221,7 +248,7 @@ def test_nine_tenths_of_a_creature_are_in_the_frame():
     for index in range(80):
         actor, sample = made._stage(dataset, index).actors[0], dataset[index]
         wide = replace(actor.pose, x=actor.pose.x + 100, y=actor.pose.y + 100)
-        layers = drawing.trace(drawing.PLANS[dataset.groups[sample.label]], wide, (300, 300))
+        layers = drawing.trace([layer.piece for layer in actor.layers], wide, (300, 300))
         owner = np.zeros((300, 300), np.int16)
         drawing.own(owner, layers, flip=wide.flip, instance=0)
         assert (sample.mask > 0).sum() >= 0.9 * (owner > 0).sum()
@@ -233,9 +260,9 @@ def test_creatures_are_large_enough_for_stripes_of_four_pixels():
         assert least * size <= min(lengths) < max(lengths) <= 0.9 * size
     for variant in VARIANTS:
         length = made._stage(creatures(variant=variant), 0).actors[0].pose.length
-        v = np.linspace(0, 0.4, 4000, dtype=np.float32)[:, None]
-        layer = drawing.Layer(drawing.Piece("belly", (), grain=90.0), (slice(0), slice(0)), 0 * v, v, v, ())
-        shade = drawing._woven(drawing.Coat(drawing.PALETTE[0], 1), layer, length)[:, 0, 2] > 0.6
+        v = np.linspace(0, 0.4, 4000, dtype=np.float32)
+        coat = drawing.Coat(drawing.PALETTE[0], drawing.PATTERNS.index("stripes"))
+        shade = drawing._woven(coat, 0 * v, v, grain=90.0, length=length)[:, 2] > 0.6
         period = np.diff(np.flatnonzero(np.diff(shade.astype(int)) == 1)).mean() * 0.4 / 4000 * length
         assert period >= 3.95
 
@@ -262,24 +289,27 @@ def test_the_mark_is_all_that_tells_marked_classes_apart():
 def test_textures_go_with_the_class_at_the_rate():
     for rho in (0.0, 0.7, 1.0):
         dataset = creatures("train", variant="context", rho=rho, count=1000)
-        agree = np.mean([dataset.texture(index) == index % 20 for index in range(1000)])
+        agree = np.mean([dataset.texture(index) == index % 20 for index in range(600)])
         assert agree == pytest.approx(rho, abs=0.04)
     assert len({dataset.texture(index) for index in range(20)}) == 20
     with pytest.raises(ValueError, match="only the context variant numbers its textures, this is 'plain'"):
         creatures().texture(0)
 
 
-def test_the_background_of_the_context_variant_betrays_the_class():
-    def colors(sample: Sample) -> torch.Tensor:
-        return sample.image[:, (sample.mask == 0) & ~grown(sample.mask > 0, 8)].mean(1)
+def hues(dataset: Creatures, indices: list[int]) -> torch.Tensor:
+    """Return the mean chromaticity of each image away from its creature, (n, 3)."""
+    samples = [dataset[index] for index in indices]
+    means = torch.stack([sample.image[:, ~grown(sample.mask > 0, 8)].mean(1) for sample in samples])
+    return means / means.sum(1, keepdim=True)
 
-    def spread(dataset: Creatures) -> float:
-        means = torch.stack([torch.stack([colors(dataset[i + 20 * k]) for k in range(6)]) for i in range(5)])
+
+def test_the_background_of_the_context_variant_betrays_the_class():
+    def spread(rho: float) -> float:
+        dataset = creatures("train", variant="context", rho=rho)
+        means = torch.stack([hues(dataset, list(range(label, label + 160, 20))) for label in range(5)])
         return float(means.mean(1).var(0).sum() / means.var(1).mean(0).sum())
 
-    assert spread(creatures("train", variant="context", rho=1.0)) > 3 * spread(
-        creatures("train", variant="context", rho=0.0)
-    )
+    assert spread(1.0) > 1 > 3 * spread(0.0)
 
 
 def test_two_copies_are_equal_halves():
@@ -332,16 +362,23 @@ def test_the_difference_mask_is_the_union_of_the_differing_parts(plain):
         dataset.difference_mask(samples[0], 1, 2)
 
 
+def assert_is_inside(change: torch.Tensor, differ: torch.Tensor) -> None:
+    """Beyond a pixel of the mask, only a part that shows less than a pixel's center may shine through, faintly."""
+    outside = change[~grown(differ)]
+    assert outside.max() < 0.15
+    assert (outside > 1 / 255).sum() <= 2 + 0.005 * (change > 1 / 255).sum()
+
+
 def test_the_difference_mask_is_what_painting_the_other_class_changes():
     dataset = creatures("val", size=96)
     for distance in (1, 2, 3):
         for a, b in dataset.close_pairs(distance)[::2]:
             for label, other in ((a, b), (b, a)):
                 sample = dataset[label]
-                changed = (recolored(dataset, label, {label: other}) != sample.image).any(0)
+                change = (recolored(dataset, label, {label: other}) - sample.image).abs().amax(0)
                 differ = dataset.difference_mask(sample, a, b)
-                assert not (changed & ~grown(differ)).any(), "nothing changes away from the differing parts"
-                strong = (recolored(dataset, label, {label: other}) - sample.image).abs().amax(0) > 0.02
+                assert_is_inside(change, differ)
+                strong = change > 0.02
                 for part in dataset.differing(a, b):
                     mask = torch.stack([sample.parts[name] for name in SIDES.get(part, (part,))]).any(0)
                     assert (strong & mask).sum() > 0.2 * mask.sum(), "every differing part changes"
@@ -355,11 +392,10 @@ def test_the_difference_mask_stays_exact_where_creatures_hide_each_other():
         b = next(b for pair in dataset.close_pairs(1) + dataset.close_pairs(2) if a in pair for b in pair if b != a)
         if sample.labels[b]:
             continue
-        changed = (recolored(dataset, index, {a: b}) != sample.image).any(0)
         differ = dataset.difference_mask(sample, a, b)
         assert differ.any()
         assert (sample.mask[differ] == a + 1).all()
-        assert not (changed & ~grown(differ)).any()
+        assert_is_inside((recolored(dataset, index, {a: b}) - sample.image).abs().amax(0), differ)
 
 
 def test_color_histograms_do_not_give_the_class_away(plain):
@@ -368,17 +404,17 @@ def test_color_histograms_do_not_give_the_class_away(plain):
     cells = (images * 7.999).long()
     codes = (cells[:, 0] * 8 + cells[:, 1]) * 8 + cells[:, 2]
     x = torch.stack([torch.bincount(code.flatten(), minlength=512) for code in codes]).float().div(64 * 64).sqrt()
-    x = torch.cat([(x - x[:700].mean(0)) / (x[:700].std(0) + 1e-3), torch.ones(len(x), 1)], 1)
+    x = torch.cat([(x - x[:400].mean(0)) / (x[:400].std(0) + 1e-3), torch.ones(len(x), 1)], 1)
     weights = torch.zeros(513, 20, requires_grad=True)
     optimizer = torch.optim.LBFGS([weights], max_iter=60, line_search_fn="strong_wolfe")
 
     def loss() -> torch.Tensor:
         optimizer.zero_grad()
-        value = F.cross_entropy(x[:700] @ weights, y[:700]) + 4e-3 * weights.square().sum()
+        value = F.cross_entropy(x[:400] @ weights, y[:400]) + 4e-3 * weights.square().sum()
         value.backward()
         return value
 
     optimizer.step(loss)
     right = (x @ weights).argmax(1) == y
-    assert right[:700].float().mean() > 0.6, "the baseline has learned something"
-    assert 0.1 < right[700:].float().mean() < 0.6
+    assert right[:400].float().mean() > 0.6, "the baseline has learned something"
+    assert 0.1 < right[400:].float().mean() < 0.6

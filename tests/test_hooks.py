@@ -36,14 +36,16 @@ def test_submodule_by_dotted_name_and_by_a_second_name(pooled):
     assert name_of(model, model.other) == "last.1"
 
 
-@pytest.mark.parametrize(("name", "near"), [("lats", "did you mean last"), ("", "known: drop, head"), ("zzz", "known:")])
+@pytest.mark.parametrize(
+    ("name", "near"), [("lats", "did you mean last"), ("", "known: drop, head"), ("zzz", "known:")]
+)
 def test_an_unknown_layer_names_its_neighbors(pooled, name, near):
     with pytest.raises(LookupError, match=f"no layer called '{name}'; {near}"):
         submodule(pooled.model, name)
 
 
 def test_a_module_of_another_network_is_an_error(pooled, networks):
-    with pytest.raises(LookupError, match="the layer Sequential is not inside Pooled; give a module of this very model"):
+    with pytest.raises(LookupError, match="Sequential is not inside Pooled; give a module of this very model"):
         name_of(pooled.model, networks.pooled().last)
 
 
@@ -94,7 +96,11 @@ def test_edit_replaces_an_output_and_only_while_inside(repeated, image):
 
 def test_hooks_are_gone_after_an_error(repeated, trace, plain):
     changed = trace(repeated)
-    for look_inside in (capture(repeated, ["conv", "relu"]), cut(repeated, "conv"), edit(repeated, "conv", lambda a: a)):
+    for look_inside in (
+        capture(repeated, ["conv", "relu"]),
+        cut(repeated, "conv"),
+        edit(repeated, "conv", lambda a: a),
+    ):
         with pytest.raises(RuntimeError), look_inside:
             repeated(torch.zeros(1, 7, 5, 6, dtype=torch.float64))
     with pytest.raises(LookupError), capture(repeated, ["conv", "nothing"]):

@@ -1,5 +1,6 @@
 """The law: what holds for every method, whatever it computes."""
 
+import copy
 import inspect
 import re
 import sys
@@ -23,10 +24,15 @@ every_method = pytest.mark.parametrize("name", METHODS)
 every_pair = pytest.mark.parametrize(("name", "network"), METHOD_AND_NETWORK)
 
 
-@pytest.fixture
-def mini(seeded):
+@pytest.fixture(scope="module")
+def original(seeded):
     model = seeded(MiniResNet, 5, widths=(8, 8, 12, 16), seed=4, dtype=torch.float32)
     return wrap(model, layer="layer4", normalization=((0.5,), (0.25,)), size=(24, 32))
+
+
+@pytest.fixture
+def mini(original):
+    return copy.deepcopy(original)
 
 
 @pytest.fixture
@@ -171,6 +177,14 @@ def test_images_that_require_a_gradient_are_only_read(name, classifier, x, y):
     assert leaf.grad is None
 
 
+@every_method
+def test_images_and_network_may_differ_in_precision(name, pooled, x, y, plain):
+    expected = quick(name)(pooled, x, y)
+    torch.testing.assert_close(quick(name)(pooled, x.float(), y), expected, rtol=1e-3, atol=1e-4, check_dtype=False)
+    half = replace(pooled, model=pooled.model.float())
+    torch.testing.assert_close(quick(name)(half, x, y), expected, rtol=1e-3, atol=1e-4, check_dtype=False)
+
+
 @every_pair
 def test_no_label_means_the_predicted_class(name, classifier, x):
     x = fit(classifier, x)
@@ -179,15 +193,13 @@ def test_no_label_means_the_predicted_class(name, classifier, x):
     assert torch.equal(quick(name)(classifier, x), quick(name)(classifier, x, predicted))
 
 
-@every_method
-@pytest.mark.parametrize("network", ["pooled", "curved"])
-def test_a_map_does_not_depend_on_its_batch(name, network, classifier, x, y):
-    if (name, network) == ("cam", "curved"):
-        classifier = classifier.at("top.3")
-        pytest.skip("cam needs pooling and a linear layer, which this network does not have")
+@pytest.mark.parametrize(("name", "network"), [pair for pair in METHOD_AND_NETWORK if "mini" not in pair])
+def test_a_map_does_not_depend_on_its_batch(name, classifier, x, y):
+    """In float64: in float32 the rounding of a batch differs, and iterations amplify it."""
     together = quick(name)(classifier, x, y)
     for i in range(3):
-        torch.testing.assert_close(together[i : i + 1], quick(name)(classifier, x[i : i + 1], y[i : i + 1]), rtol=0, atol=1e-9)
+        alone = quick(name)(classifier, x[i : i + 1], y[i : i + 1])
+        torch.testing.assert_close(together[i : i + 1], alone, rtol=0, atol=1e-9)
     backwards = quick(name)(classifier, x.flip(0), y.flip(0)).flip(0)
     torch.testing.assert_close(together, backwards, rtol=0, atol=1e-9)
 

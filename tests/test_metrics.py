@@ -166,8 +166,8 @@ def test_fake_cam_loses_and_gains_nearly_nothing(seed):
     one = case(classifier, x, fake_cam(classifier, x), classifier.labels(x, None))
     nothing = case(classifier, x, torch.zeros(4, 1, 48, 48, dtype=torch.float64), classifier.labels(x, None))
     fake, empty = (average_drop()(each).mean() + average_gain()(each).mean() for each in (one, nothing))
-    assert fake < 0.5
-    assert empty > 5, "this network notices masking"
+    assert fake < 1
+    assert empty > 20 * fake, "this network notices masking"
 
 
 def slow_map(raw):
@@ -188,12 +188,18 @@ def slow_map(raw):
     return [[(v - low) / (high - low) for v in line] for line in big]
 
 
-def slow_probability(classifier, image, label):
-    """Normalize one image by hand, run the bare network, take a softmax in plain Python."""
-    z = torch.stack([(image[k] - MEAN[k]) / STD[k] for k in range(3)])
+def slow_probabilities(classifier, images, label):
+    """Normalize by hand, run the bare network, take a softmax in plain Python."""
+    z = torch.stack([torch.stack([(image[k] - MEAN[k]) / STD[k] for k in range(3)]) for image in images])
     with torch.no_grad():
-        logits = classifier.model(z[None])[0].tolist()
-    return math.exp(logits[label]) / sum(map(math.exp, logits))
+        rows = classifier.model(z).tolist()
+    return [math.exp(logits[label]) / sum(map(math.exp, logits)) for logits in rows]
+
+
+def mixed(classifier, x, y=None, /):
+    """Return Grad-CAM without its ReLU: no map is empty."""
+    A, G = classifier.features_and_gradient(x, y)
+    return (G.mean((2, 3), keepdim=True) * A).sum(1, keepdim=True)
 
 
 @pytest.mark.parametrize("exponent", [1.0, 0.5, 3.0])
@@ -205,15 +211,15 @@ def test_slow_loop_over_the_whole_path(exponent):
         "AI": average_increase(exponent=exponent),
         "AG": average_gain(exponent=exponent),
     }
-    scores = measure(grad_cam, classifier, [batch], chosen)
+    scores = measure(mixed, classifier, [batch], chosen)
     for i, label in enumerate(labels):
-        raw = grad_cam(classifier, x[i : i + 1], torch.tensor([label]))
+        raw = mixed(classifier, x[i : i + 1], torch.tensor([label]))
         mask = slow_map(raw[0, 0].tolist())
         masked = x[i].clone()
         for r in range(H):
             for c in range(W):
                 masked[:, r, c] *= mask[r][c] ** exponent
-        p, o = slow_probability(classifier, x[i], label), slow_probability(classifier, masked, label)
+        p, o = slow_probabilities(classifier, [x[i], masked], label)
         assert abs(p - o) > 1e-3, "the example tells something"
         assert scores["AD"].per_image[i] == pytest.approx(100 * max(p - o, 0) / p, abs=1e-9)
         assert scores["AI"].per_image[i] == 100 * (o > p)
@@ -230,10 +236,7 @@ def test_the_filling_is_what_erase_says():
     classifier, x, saliency = small(), noise(2, 3, H, W), noise(2, 1, H, W, seed=1)
     one, mean = case(classifier, x, saliency), torch.tensor(MEAN, dtype=torch.float64).view(1, 3, 1, 1)
     seen = saliency * x + (1 - saliency) * mean
-    p, o = (
-        torch.tensor([slow_probability(classifier, image, 0) for image in images], dtype=torch.float64)
-        for images in (x, seen)
-    )
+    p, o = (torch.tensor(slow_probabilities(classifier, images, 0), dtype=torch.float64) for images in (x, seen))
     by_name, by_function = average_drop(erase="mean")(one), average_drop(erase=resolve("mean", MEAN))(one)
     assert torch.equal(by_name, by_function)
     assert torch.allclose(by_name[:, 0], drop(p, o), atol=1e-9)
@@ -280,16 +283,16 @@ def test_scored_class_must_be_known(name, plain):
 def slow_curve(classifier, start, end, saliency, label, steps):
     """Play one image's game pixel by pixel: equal pixels in row-major order."""
     order = sorted(range(H * W), key=lambda i: (-saliency[i // W][i % W], i))
-    curve = []
+    images = []
     for step in range(steps + 1):
         image = start.clone()
         for i in order[: step * H * W // steps]:
             image[:, i // W, i % W] = end[:, i // W, i % W]
-        curve.append(slow_probability(classifier, image, label))
-    return curve
+        images.append(image)
+    return slow_probabilities(classifier, images, label)
 
 
-@pytest.mark.parametrize("steps", [1, 5, 7, H * W, 3 * H * W])
+@pytest.mark.parametrize("steps", [1, 7, H * W, 60])
 def test_slow_loop_of_both_games(steps):
     classifier, x, saliency, label = small(1), noise(1, 3, H, W), noise(1, 1, H, W, seed=1).mul(5).floor() / 5, 2
     one = case(classifier, x, saliency, torch.tensor([label]))
@@ -358,7 +361,7 @@ def test_random_ties_depend_on_the_seed():
 MAPS = arrays(np.float64, (1, 1, H, W), elements=st.sampled_from([0.0, 0.25, 0.5, 0.75, 1.0]))
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=30)
 @given(MAPS, st.integers(1, 60))
 def test_linear_function_is_shared_between_the_games(values, steps):
     """For a linear f and zero as substrate of both games, insertion_i + deletion_i = f(x) at every step."""
@@ -368,7 +371,7 @@ def test_linear_function_is_shared_between_the_games(values, steps):
     assert torch.allclose(games[0] + games[1], one.logits[:, :1].expand(1, steps + 1), atol=1e-12)
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=30)
 @given(MAPS)
 def test_monotone_function_gives_monotone_curves(values):
     """More of a bright image never lowers a sum with weights above zero, and its own map is the best one."""
@@ -388,12 +391,12 @@ def test_monotone_function_gives_monotone_curves(values):
 
 @pytest.mark.parametrize("metric", [insertion, deletion])
 def test_batch_and_chunk_do_not_matter(metric):
-    classifier, x, saliency = small(2), noise(5, 3, H, W), noise(5, 1, H, W, seed=1)
-    y = torch.tensor([0, 1, 2, 1, 0])
+    classifier, x, saliency = small(2), noise(3, 3, H, W), noise(3, 1, H, W, seed=1)
+    y = torch.tensor([0, 2, 1])
     together = metric(steps=9)(case(classifier, x, saliency, y))
-    for chunk in (1, 7, 49, 1000):
+    for chunk in (3, 11, 1000):
         assert torch.allclose(metric(steps=9, chunk=chunk)(case(classifier, x, saliency, y)), together, atol=1e-12)
-    for i in range(5):
+    for i in range(3):
         alone = metric(steps=9)(case(classifier, x[i : i + 1], saliency[i : i + 1], y[i : i + 1]))
         assert torch.allclose(alone[0], together[i], atol=1e-12)
 
@@ -411,9 +414,7 @@ def test_games_start_and_end_at_image_and_substrate(erase):
     classifier, x, saliency = small(), noise(2, 3, H, W), noise(2, 1, H, W, seed=1)
     one = case(classifier, x, saliency)
     substrate = resolve(erase, MEAN)(x, saliency)
-    image, empty = (
-        [slow_probability(classifier, picture, 0) for picture in pictures] for pictures in (x, substrate)
-    )
+    image, empty = (slow_probabilities(classifier, pictures, 0) for pictures in (x, substrate))
     into, out = insertion(steps=4, erase=erase)(one), deletion(steps=4, erase=erase)(one)
     assert into[:, 0].tolist() == out[:, -1].tolist() == pytest.approx(empty, abs=1e-12)
     assert into[:, -1].tolist() == out[:, 0].tolist() == pytest.approx(image, abs=1e-12)
@@ -465,7 +466,8 @@ def test_metrics_are_found_by_attribute_only_if_they_exist():
 def test_a_measure_gives_doubles_without_graph():
     classifier, x = small(), noise(2, 3, H, W).requires_grad_()
     for name in METRICS:
-        found = METRICS[name]()(case(classifier, x, noise(2, 1, H, W, seed=1)))
+        few = {"steps": 5} if METRICS[name]().width > 1 else {}
+        found = METRICS[name](**few)(case(classifier, x, noise(2, 1, H, W, seed=1)))
         assert found.dtype == torch.float64
         assert not found.requires_grad
-        assert found.shape == (2, METRICS[name]().width)
+        assert found.shape == (2, METRICS[name](**few).width)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from sightline import layers
@@ -155,7 +156,7 @@ class Classifier:
             gradient = derivative(values, leaf, f"layer {self.layer!r}")
         return self.to_grid(leaf.detach(), x), self.to_grid(gradient, x)
 
-    def logits_with(self, x: Images, features: Features) -> Logits:
+    def logits_with(self, x: Float[Tensor, "1 ch h w"], features: Float[Tensor, "n c i j"]) -> Float[Tensor, "n k"]:
         """Return the logits of one image when its layer gives each of `features` (n, c, i, j) in turn.
 
         The layers before run once, those behind on n inputs; what is not on the grid (class tokens) stays. Of a layer
@@ -164,7 +165,7 @@ class Classifier:
         with torch.no_grad(), cut(self.model, self.layer) as calls:
             self(x)
 
-        def run(images: Images) -> Logits:
+        def run(images: Tensor) -> Tensor:
             left = [*calls]
 
             def put(output: Tensor) -> Tensor:
@@ -177,13 +178,13 @@ class Classifier:
 
         try:
             return run(x)
-        except RuntimeError:  # the layers behind join it with ones before, of which there is only one copy
+        except (RuntimeError, TypeError):  # what lies behind wants the batch size of the input: to join both, say
             return run(x.expand(len(features), -1, -1, -1))
 
-    def replaced(self, output: Tensor, x: Images, features: Features) -> Tensor:
+    def replaced(self, output: Tensor, x: Float[Tensor, "1 ch h w"], features: Float[Tensor, "n c i j"]) -> Tensor:
         """Return n copies of the layer's output for one image, with each of `features` (n, c, i, j) on the grid."""
-        cells = torch.arange(output[0].numel(), device=output.device).view(1, *output.shape[1:])
-        places = self.to_grid(cells, x).flatten().expand(len(features), -1)
+        numbers = torch.arange(output[0].numel(), dtype=torch.float64).view(1, *output.shape[1:])
+        places = self.to_grid(numbers, x).flatten().long().to(output.device).expand(len(features), -1)
         several = output.expand(len(features), *output.shape[1:]).flatten(1)
         return several.scatter(1, places, features.flatten(1)).view(-1, *output.shape[1:])
 

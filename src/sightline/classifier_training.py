@@ -1,28 +1,31 @@
 """Training a classifier. Cross entropy with the usual choices; staged fine-tuning with a replaced head.
 
-The two stages of the medical experiments of Opti-CAM (Zhang et al., CVIU 2024), the new head first, then all layers:
-`ClassifierConfig(epochs=60, freeze_epochs=10, lr=1e-3, lr_all=1e-5, schedule="constant", warmup=0, weight_decay=0)`.
+The two stages of the medical experiments of Opti-CAM (Zhang et al., CVIU 2024), the new head first, then all layers for
+50 epochs: `ClassifierConfig(epochs=60, freeze_epochs=10, lr=1e-3, lr_all=1e-5, schedule="constant", warmup=0.0)`.
 """
 
 import copy
 import hashlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from lightning_fabric import Fabric
 from torch import Tensor, nn
 
 from sightline.classifier import Classifier, check_labels, read_logits
 from sightline.data import Batch, Indexed, Sample, batches
 from sightline.hooks import submodule
 from sightline.registry import unknown
-from sightline.training import Augment, Metrics, Precision, Progress, fit, generator
+from sightline.training import Augment, Metrics, Progress, fit, generator
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
 
 
 @dataclass(frozen=True)
@@ -41,12 +44,12 @@ class ClassifierConfig:
 
     epochs: int = 20
     batch: int = 64
-    optimizer: Literal["sgd", "adamw"] = "sgd"
+    optimizer: str = "sgd"
     lr: float = 0.05
     lr_all: float | None = None
     momentum: float = 0.9
     weight_decay: float = 5e-4
-    schedule: Literal["cosine", "step", "constant"] = "cosine"
+    schedule: str = "cosine"
     warmup: float = 1.0
     decay: float = 0.1
     decay_every: int = 20
@@ -54,7 +57,7 @@ class ClassifierConfig:
     freeze: tuple[str, ...] = ()
     freeze_epochs: int = 0
     augment: str = "flip+crop"
-    precision: Precision = "32-true"
+    precision: str = "32-true"
 
     def __post_init__(self) -> None:
         augmentation(self.augment)
@@ -83,26 +86,38 @@ def train(
 ) -> tuple[Metrics, ...]:
     """Train a classifier's network in place with `fit`; return mean loss and accuracy of each epoch (on what it saw).
 
+    The network is left in evaluation mode; which parameters learn is as before, also after an interruption.
+
     Raises:
         ValueError, FloatingPointError: as `fit`; a sample without a label, or with one that the network lacks.
     """
-    trainer = ClassifierTrainer(classifier, config)
-    history = fit(
-        trainer,
-        dataset,
-        epochs=config.epochs,
-        batch=config.batch,
-        seed=seed,
-        out=out,
-        every=every,
-        augment=augmentation(config.augment),
-        resume=resume,
-        report=report,
-        precision=config.precision,
-        accelerator=accelerator,
-    )
-    classifier.model.eval()
-    return history
+    with flags_back(classifier.model):
+        return fit(
+            ClassifierTrainer(classifier, config),
+            dataset,
+            epochs=config.epochs,
+            batch=config.batch,
+            seed=seed,
+            out=out,
+            every=every,
+            augment=augmentation(config.augment),
+            resume=resume,
+            report=report,
+            precision=config.precision,
+            accelerator=accelerator,
+        )
+
+
+@contextmanager
+def flags_back(model: nn.Module) -> Iterator[None]:
+    """At the end let the parameters learn that did before, in evaluation mode."""
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        yield
+    finally:
+        for parameter in learning:
+            parameter.requires_grad_(True)
+        model.eval()
 
 
 class ClassifierTrainer:
@@ -120,7 +135,7 @@ class ClassifierTrainer:
         """The configuration and the network's shapes."""
         return {**asdict(self.config), "model": fingerprint(self.classifier.model)}
 
-    def setup(self, fabric: Fabric) -> None:
+    def setup(self, fabric: "Fabric") -> None:
         """Move the network to its device and make the optimizer."""
         c, parameters = self.config, self.classifier.model.parameters()
         optimizer: torch.optim.Optimizer = (
@@ -183,7 +198,7 @@ def learning_rate(config: ClassifierConfig, step: int, steps: int) -> float:
         return peak * (n + 1) / warm
     if config.schedule == "cosine":
         return peak * (1 + math.cos(math.pi * (n - warm) / (total - warm))) / 2
-    return peak * (config.decay ** (n // (config.decay_every * steps)) if config.schedule == "step" else 1.0)
+    return peak * config.decay ** (n // (config.decay_every * steps)) if config.schedule == "step" else peak
 
 
 def frozen_names(model: nn.Module, prefixes: tuple[str, ...]) -> frozenset[str]:
@@ -262,6 +277,8 @@ def accuracy(classifier: Classifier, dataset: Indexed[Sample], *, batch: int = 6
     Raises:
         ValueError: no samples, or one without a label.
     """
+    if len(dataset) == 0:
+        raise ValueError("accuracy needs at least one image, got none")
     device = next(iter(classifier.model.parameters()), torch.empty(0)).device
     right = 0
     for part in batches(dataset, batch):
@@ -269,8 +286,6 @@ def accuracy(classifier: Classifier, dataset: Indexed[Sample], *, batch: int = 6
             raise ValueError(f"accuracy needs a label for every image; one of {', '.join(part.ids[:4])} ... has none")
         with torch.no_grad():
             right += int((classifier(part.x.to(device)).argmax(1).cpu() == part.y).sum())
-    if len(dataset) == 0:
-        raise ValueError("accuracy needs at least one image, got none")
     return right / len(dataset)
 
 
@@ -304,23 +319,23 @@ def augmented(image: Tensor, randomness: torch.Generator, *, names: tuple[str, .
 
 def flip(image: Tensor, randomness: torch.Generator) -> Tensor:
     """Mirror left and right for half of the images."""
-    return image.flip(-1) if draw(randomness, 0, 1) < 0.5 else image
+    return image.flip(-1) if draw(randomness, 0.0, 1.0) < 0.5 else image
 
 
 def crop(image: Tensor, randomness: torch.Generator) -> Tensor:
     """Pad by an eighth of each side, by reflection, and crop back to the size at a random place."""
     h, w = image.shape[-2:]
     padded = F.pad(image[None], (w // 8, w // 8, h // 8, h // 8), mode="reflect")[0]
-    top, left = (int(draw(randomness, 0, 2 * (side // 8) + 1)) for side in (h, w))
+    top, left = (int(draw(randomness, 0.0, 2.0 * (side // 8) + 1)) for side in (h, w))
     return padded[:, top : top + h, left : left + w]
 
 
 def zoom(image: Tensor, randomness: torch.Generator) -> Tensor:
     """Crop .35 to 1 of the area at an aspect of 3/4 to 4/3, and resize to the old size (bilinear, antialiased)."""
     h, w = image.shape[-2:]
-    area, aspect = draw(randomness, 0.35, 1), math.exp(draw(randomness, math.log(3 / 4), math.log(4 / 3)))
+    area, aspect = draw(randomness, 0.35, 1.0), math.exp(draw(randomness, math.log(3 / 4), math.log(4 / 3)))
     height, width = min(h, round(h * (area / aspect) ** 0.5)), min(w, round(w * (area * aspect) ** 0.5))
-    top, left = int(draw(randomness, 0, h - height + 1)), int(draw(randomness, 0, w - width + 1))
+    top, left = int(draw(randomness, 0.0, h - height + 1.0)), int(draw(randomness, 0.0, w - width + 1.0))
     part = image[None, :, top : top + height, left : left + width]
     return F.interpolate(part, size=(h, w), mode="bilinear", antialias=True)[0].clamp(0, 1)
 

@@ -42,8 +42,7 @@ def measure(
         ValueError: images outside [0, 1], no batch, no metric, a metric of the label where an image has none, maps of
             another shape than (b, 1, i, j), or an unknown `explain`.
     """
-    if explain not in EXPLAIN:
-        raise ValueError(f"expected explain to be one of {', '.join(EXPLAIN)}, got {explain!r}")
+    check_explain(explain)
     if not metrics:
         raise ValueError("expected at least one metric, got none")
     sums = {name: Accumulate(one).to(device(classifier)) for name, one in metrics.items()}
@@ -63,6 +62,16 @@ def measure(
     if not log.ids:
         raise ValueError("no image was measured; the data set is empty")
     return log.scores(sums)
+
+
+def check_explain(explain: str) -> None:
+    """Check the choice of whose map is made.
+
+    Raises:
+        ValueError: no such choice.
+    """
+    if explain not in EXPLAIN:
+        raise ValueError(f"expected explain to be one of {', '.join(EXPLAIN)}, got {explain!r}")
 
 
 def device(classifier: Classifier) -> torch.device:
@@ -121,9 +130,8 @@ class Subject:
         """
         if kind == "label":
             if self.batch.y is None:
-                raise ValueError(
-                    f"{metric} needs the label, and {self.batch.ids[0]!r} has none; use the predicted class"
-                )
+                name = next(sample.id for sample in self.batch.samples if sample.label is None)
+                raise ValueError(f"{metric} needs the label, and {name!r} has none; use the predicted class")
             return check_labels(self.logits, self.batch.y)
         order = self.logits.argsort(dim=1, descending=True, stable=True)
         return order[:, {"predicted": 0, "second": 1, "least": -1}[kind]]

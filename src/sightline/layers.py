@@ -7,6 +7,7 @@ first few are no patches. A grid function turns each into (b, c, i, j).
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -85,20 +86,17 @@ def probe(model: nn.Module, forward: Callable[[Images], Tensor], x: Images) -> P
     seen: list[Seen] = []
     read: list[tuple[Tensor, Tensor]] = []
 
-    def keep(name: str) -> Callable[[nn.Module, Any, Any], None]:
-        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-            tensor = first(output)
-            if tensor is not None:
-                seen.append(Seen(name, module, tensor))
-            if isinstance(module, nn.Linear) and tensor is not None:
-                read.append((inputs[0], tensor))
-
-        return hook
+    def keep(name: str, module: nn.Module, inputs: Any, output: Any) -> None:
+        tensor = first(output)
+        if tensor is not None:
+            seen.append(Seen(name, module, tensor))
+        if isinstance(module, nn.Linear) and tensor is not None:
+            read.append((inputs[0], tensor))
 
     with differentiable(), ExitStack() as stack:
         for name, module in model.named_modules():
             if name:
-                stack.callback(module.register_forward_hook(keep(name)).remove)
+                stack.callback(module.register_forward_hook(partial(keep, name)).remove)
         logits = forward(x.clone().requires_grad_())
     heads = [inputs for inputs, output in read[-1:] if output.shape == logits.shape]
     return Probe(x, logits, (heads or [logits])[0], tuple(seen))

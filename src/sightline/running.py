@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from inspect import signature
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from sightline import models, viz
 from sightline.classifier import Classifier, Method
-from sightline.data import Dataset, Indexed, Sample, batches, collate
+from sightline.data import Dataset, Indexed, Sample, batches
 from sightline.datasets import DATASETS
 from sightline.evaluation import Explain, Log, Subject, device, measure
 from sightline.explanation import laid
@@ -34,47 +35,59 @@ SIDE = 160
 """Longer side of a picture in pixels."""
 
 
+KEPT = 256
+"""How many of the images last read a scene keeps, for the next method."""
+
+
 @dataclass(frozen=True)
-class Prepared:
-    """The objects that a specification names."""
+class Scene:
+    """What several methods are compared on: a classifier and a data set, with the settings of both in full."""
 
     classifier: Classifier
     dataset: Dataset
     samples: Indexed[Sample]
-    method: Method
-    metrics: Mapping[str, Measure]
     arguments: Mapping[str, Any]
 
 
-def prepare(spec: Spec) -> Prepared:
-    """Turn every name of a specification into an object.
+def scene(spec: Spec) -> Scene:
+    """Open the classifier and the data set that a specification names.
 
     Raises:
         LookupError: an unknown name or setting; the message names the nearest ones.
-        TypeError, ValueError, OSError: a setting, a file or a data set that does not fit, or a metric listed twice.
+        TypeError, ValueError, OSError: a setting, a file or a data set that does not fit.
     """
-    listed = [str(metric) for metric in spec.metrics]
-    if twice := [name for name in listed if listed.count(name) > 1]:
-        raise ValueError(f"the metric {twice[0]} is listed twice")
     classifier = models.load(spec.model)
     classifier = classifier if spec.layer is None else classifier.at(spec.layer)
     reader = reader_of(spec.data, classifier)
     dataset: Dataset = reader()
+    model = {name: describe(getattr(classifier, name)) for name in ("layer", "mean", "std", "size")}
+    recorded = {"data": arguments(reader), "model": model}
+    return Scene(classifier, dataset, Recent(labeled(dataset, classifier)), recorded)
+
+
+class Recent:
+    """Samples of which the last `KEPT` that were read stay in memory."""
+
+    def __init__(self, samples: Indexed[Sample]) -> None:
+        self.samples = samples
+        self.read = lru_cache(KEPT)(samples.__getitem__)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int, /) -> Sample:
+        return self.read(index)
+
+
+def named(spec: Spec) -> tuple[Method, dict[str, Callable[..., Measure]]]:
+    """Return the method and the metrics with their settings: what can be checked before any work is done.
+
+    Raises:
+        LookupError, TypeError: an unknown name, or a setting that does not fit.
+    """
+    find(spec.data.name, DATASETS, "datasets")
     method = chosen(find(spec.method.name, METHODS, "methods").method, spec.method, spec.seed)
-    factories = {str(c): chosen(find(c.name, METRICS, "metrics").metric, c, spec.seed) for c in spec.metrics}
-    recorded = {
-        "method": arguments(method),
-        "metrics": {name: arguments(factory) for name, factory in factories.items()},
-        "data": arguments(reader),
-        "model": {
-            "layer": classifier.layer,
-            "mean": describe(classifier.mean),
-            "std": describe(classifier.std),
-            "size": describe(classifier.size),
-        },
-    }
-    metrics = {name: factory() for name, factory in factories.items()}
-    return Prepared(classifier, dataset, labeled(dataset, classifier), method, metrics, recorded)
+    return method, {str(c): chosen(find(c.name, METRICS, "metrics").metric, c, spec.seed) for c in spec.metrics}
 
 
 def chosen(function: Callable[..., T], choice: Choice, seed: int) -> Callable[..., T]:
@@ -130,62 +143,72 @@ def labeled(dataset: Dataset, classifier: Classifier) -> Indexed[Sample]:
     return Relabeled(dataset, tuple(classifier.classes.index(name) for name in dataset.classes))
 
 
-def run(spec: Spec, *, folder: Path | None = None, report: Callable[[int, int], None] | None = None) -> Run:
+def run(
+    spec: Spec,
+    *,
+    on: Scene | None = None,
+    folder: Path | None = None,
+    report: Callable[[int, int], None] | None = None,
+) -> Run:
     """Explain and score everything that a specification asks for.
 
     Args:
         spec: what to do.
+        on: the opened scene of this specification, where several methods share one.
         folder: where pictures go (the first images, the best and the worst); none are written without it.
         report: told how many images of how many are done.
 
     Raises:
-        LookupError, TypeError, ValueError, OSError: see `prepare` and `measure`.
+        LookupError, TypeError, ValueError, OSError: see `named`, `scene` and `measure`.
     """
-    ready = prepare(spec)
-    count = min(spec.images or len(ready.samples), len(ready.samples))
-    told = None if report is None else lambda done: report(done, count)
+    method, factories = named(spec)
+    on = scene(spec) if on is None else on
+    count = min(spec.images or len(on.samples), len(on.samples))
     scores = measure(
-        ready.method,
-        ready.classifier,
-        batches(ready.samples, spec.batch, range(count)),
-        ready.metrics,
-        explain=explained(spec),
-        report=told,
+        method,
+        on.classifier,
+        batches(on.samples, spec.batch, range(count)),
+        {name: factory() for name, factory in factories.items()},
+        explain=cast(Explain, spec.explain),
+        report=None if report is None else lambda done: report(done, count),
     )
-    named = tuple(replace(score, metric=choice) for score, choice in zip(scores.scores, spec.metrics, strict=True))
-    scores = replace(scores, scores=named)
-    pictures = {} if folder is None else draw(ready, spec, scores, folder)
-    classes = ready.classifier.classes or ready.dataset.classes
-    return Run(spec, scores, ready.arguments, provenance(), classes, dict(ready.dataset.skipped), pictures)
+    by_choice = zip(scores.scores, spec.metrics, strict=True)
+    scores = replace(scores, scores=tuple(replace(score, metric=choice) for score, choice in by_choice))
+    recorded = {
+        **on.arguments,
+        "method": arguments(method),
+        "metrics": {name: arguments(factory) for name, factory in factories.items()},
+    }
+    pictures = {} if folder is None else draw(spec, on, method, scores, folder)
+    classes = on.classifier.classes or on.dataset.classes
+    return Run(spec, scores, recorded, provenance(), classes, dict(on.dataset.skipped), pictures)
 
 
-def explained(spec: Spec) -> Explain:
-    """Return whose map is made; `measure` checks it."""
-    return cast(Explain, spec.explain)
-
-
-def draw(ready: Prepared, spec: Spec, scores: Scores, folder: Path) -> dict[str, dict[str, str]]:
+def draw(spec: Spec, on: Scene, method: Method, scores: Scores, folder: Path) -> dict[str, dict[str, str]]:
     """Write image and overlay of the first images and of the best and worst ones; return their files by image."""
     pictures: dict[str, dict[str, str]] = {}
     signed = find(spec.method.name, METHODS, "methods").signed
-    for index in worth_showing(scores):
-        batch = collate([ready.samples[index]]).to(device(ready.classifier))
-        subject = Subject(ready.method, ready.classifier, batch, Log())
-        raw = subject.map("predicted" if spec.explain == "scored" else spec.explain)
-        image = thumbnail(batch.x[0])
-        files = {"image": put(folder, f"{index}.jpg", image)}
-        if degenerate(raw)[0] is None:
-            files["overlay"] = put(folder, f"{index}-{file_name(spec.method)}.jpg", laid(image, raw[0], signed=signed))
-        pictures[scores.ids[index]] = files
+    indices = worth_showing(scores)
+    for batch in batches(on.samples, spec.batch, indices):
+        subject = Subject(method, on.classifier, batch.to(device(on.classifier)), Log())
+        maps = subject.map("predicted" if spec.explain == "scored" else spec.explain)
+        for name, x, raw in zip(batch.ids, batch.x, maps, strict=True):
+            index, image = scores.ids.index(name), thumbnail(x)
+            pictures[name] = {"image": put(folder, f"{index}.jpg", image)}
+            if degenerate(raw[None])[0] is None:
+                file = f"{index}-{file_name(spec.method)}.jpg"
+                pictures[name]["overlay"] = put(folder, file, laid(image, raw, signed=signed))
     return pictures
 
 
 def worth_showing(scores: Scores) -> list[int]:
-    """Return the first images and, for each metric that keeps a number an image, the best and worst ones."""
+    """Return the first images, and the best and worst ones of insertion, else of the first metric that ranks images."""
     shown = set(range(min(SHOWN, len(scores.ids))))
-    for score in scores.scores:
+    ranking = [score for score in scores.scores if score.per_image]
+    ranking.sort(key=lambda score: score.metric.name != "insertion")
+    for score in ranking[:1]:
         order = sorted(range(len(score.per_image)), key=lambda index: score.per_image[index])
-        shown |= {*order[:EXTREMES], *order[len(order) - EXTREMES :]} if len(order) >= EXTREMES else set()
+        shown |= {*order[:EXTREMES], *order[-EXTREMES:]}
     return sorted(shown)
 
 

@@ -39,7 +39,7 @@ def bind(function: Callable[..., T], settings: Mapping[str, Any]) -> Callable[..
     for name, value in settings.items():
         if name not in known and not anything:
             raise LookupError(f"{title}: {unknown(name, known, 'setting')}")
-        read[name] = interpreted(name, value)
+        read[name] = interpreted(name, value, hints.get(name, Any))
         check(f"{title}: {name}", read[name], hints.get(name, Any))
     return partial(function, **read) if read else function
 
@@ -52,8 +52,10 @@ def annotations(function: Callable[..., Any]) -> dict[str, Any]:
         return {}
 
 
-def interpreted(name: str, value: Any) -> Any:
+def interpreted(name: str, value: Any, hint: Any) -> Any:
     """Return what plain data stands for."""
+    if isinstance(value, int) and not isinstance(value, bool) and hint in (float, float | None):
+        return float(value)
     if name == "score" and isinstance(value, str):
         return find(value, SCORES, "scores")
     if name != "erase" or not isinstance(value, str | Mapping):

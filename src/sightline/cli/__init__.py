@@ -41,7 +41,7 @@ def main(arguments: list[str] | None = None) -> None:
     except click.exceptions.Exit as end:
         sys.exit(end.exit_code)
     except click.ClickException as error:
-        error.show()
+        click.echo(f"sightline: {usage(error)}", err=True)
         sys.exit(2)
     except (KeyboardInterrupt, click.exceptions.Abort):
         click.echo("stopped; what was finished is kept", err=True)
@@ -51,6 +51,13 @@ def main(arguments: list[str] | None = None) -> None:
             raise
         click.echo(f"sightline: {told(error)}", err=True)
         sys.exit(2)
+
+
+def usage(error: click.ClickException) -> str:
+    """Return what is wrong with the arguments, and where to read more, on one line."""
+    context = error.ctx if isinstance(error, click.UsageError) else None
+    path = context.command_path if context is not None else "sightline"
+    return f"{' '.join(error.format_message().split()).rstrip('.')}; see `{path} --help`"
 
 
 def told(error: BaseException) -> str:

@@ -1,6 +1,8 @@
 """`sightline evaluate`: from methods and data to numbers."""
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +11,7 @@ import click
 from sightline.cli._options import SETTING
 
 if TYPE_CHECKING:
+    from sightline.running import Scene
     from sightline.runs import Run, Spec
 
 METRICS = ("average_drop", "average_increase", "average_gain", "insertion", "deletion")
@@ -40,16 +43,20 @@ def command(
     from rich.console import Console
 
     from sightline import table
+    from sightline.running import named, scene
     from sightline.runs import write_text
 
     specs = specifications(spec, method, metric, rest)
-    runs = [finished(one, out, again, f"{i}/{len(specs)}") for i, one in enumerate(specs, 1)]
+    for checked in specs:
+        named(checked)
+    opened = cache(partial(scene, specs[0]))
+    runs = [finished(one, opened, out, again, f"{i}/{len(specs)}") for i, one in enumerate(specs, 1)]
     write_text(out / "table.csv", table.csv(runs))
     write_text(out / "table.md", table.markdown(runs))
     console = Console()
-    for one in table.tables(runs):
-        console.print(shown(one))
-        console.print(f"{table.summary(one)}\n")
+    for drawn in table.tables(runs):
+        console.print(shown(drawn))
+        console.print(f"{table.summary(drawn)}\n")
     click.echo(f"runs, table.csv and table.md are in {out}; `sightline report {out}` makes the page")
 
 
@@ -82,7 +89,7 @@ def plain(spec: "Spec") -> dict[str, Any]:
     return {name: getattr(spec, name) for name in spec.__dataclass_fields__}
 
 
-def finished(spec: "Spec", out: Path, again: bool, place: str) -> "Run":
+def finished(spec: "Spec", opened: "Callable[[], Scene]", out: Path, again: bool, place: str) -> "Run":
     """Return the run of a specification: the one in the output folder, or a new one, written there."""
     from sightline.cli._options import bar
     from sightline.running import file_name, run
@@ -98,6 +105,7 @@ def finished(spec: "Spec", out: Path, again: bool, place: str) -> "Run":
         task = progress.add_task(f"{place} {spec.method}", total=None, note="")
         made = run(
             spec,
+            on=opened(),
             folder=out / f"{file_name(spec.method)}-pictures",
             report=lambda done, count: progress.update(task, completed=done, total=count),
         )

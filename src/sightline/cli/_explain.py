@@ -41,11 +41,16 @@ def command(
     """
     from sightline import models
     from sightline.cli._options import bar, methods
+    from sightline.methods import METHODS
+    from sightline.registry import find
+    from sightline.settings import bind
 
     chosen = methods(method, settings)
+    for one in chosen:
+        bind(find(one.name, METHODS, "methods").method, one.settings)
+    files = [file for image in images for file in pictures(image)]
     classifier = models.load(model)
     classifier = classifier if layer is None else classifier.at(layer)
-    files = [file for image in images for file in pictures(image)]
     made: list[list[Explanation | None]] = []
     skipped: dict[str, str] = {}
     with bar() as progress:

@@ -47,9 +47,9 @@ def methods(names: Sequence[str], settings: Sequence[str]) -> "list[Choice]":
 
 
 def bar() -> "Progress":
-    """Return a progress bar on standard error, with count and time left."""
+    """Return a progress bar on standard error, with count and time left, gone at the end."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, TextColumn("{task.fields[note]}"), console=Console(stderr=True))
+    return Progress(*columns, TextColumn("{task.fields[note]}"), console=Console(stderr=True), transient=True)

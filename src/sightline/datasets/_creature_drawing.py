@@ -23,10 +23,18 @@ Cone = tuple[float, float, float, float, float, float]
 COLORS = ("coral", "amber", "leaf", "sky", "indigo", "plum")
 PATTERNS = ("solid", "stripes", "dots")
 TEXTURES = ("clouds", "streaks", "columns", "pebbles")
+_PAIRED = ("leg", "wing", "eye")
 REGIONS = (
     "head", "back", "belly", "breast", "tail", "left leg", "right leg", "left wing", "right wing", "mark",
 )  # fmt: skip
 """What a pixel of a creature may show, in the order of the owner codes."""
+SIDED = {
+    flip: {
+        f"{side} {part}": f"{own} {part}" for side, own in zip(("near", "far"), sides, strict=True) for part in _PAIRED
+    }
+    for flip, sides in ((False, ("right", "left")), (True, ("left", "right")))
+}
+"""Near and far as left and right: who faces the viewer's right (not flipped) shows the right side."""
 
 
 def _color(*levels: int) -> Array:
@@ -45,9 +53,11 @@ FINEST = 4.0
 MARK = 1 / 6
 """Width of the mark in creature lengths."""
 _HALO = 0.1
+"""Reach of the soft shadow in creature lengths."""
 _LIGHT = (-0.421, -0.661, 0.621)
 """Unit vector to the light: right, down, to the viewer."""
 _DOT_INK, _DOT_LEVEL = (0.3, 0.34, 0.38, 0.42, 0.46, 0.5), (0.524, 0.297, 0.09, -0.097, -0.266, -0.417)
+"""Shares of the plane above a level, and those levels, of cos p + 2 cos(p / 2) cos(q): three waves at 60 degrees."""
 
 
 @dataclass(frozen=True)
@@ -70,14 +80,13 @@ class Piece:
 
 @dataclass(frozen=True)
 class Pose:
-    """Where a creature stands: center and length in pixels, angle and the turn of every piece in radians."""
+    """Where a creature stands: center and length in pixels, angle in radians, mirrored or not."""
 
     x: float
     y: float
     length: float
-    angle: float
-    flip: bool
-    turns: tuple[float, ...]
+    angle: float = 0.0
+    flip: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,7 +149,8 @@ def _winged() -> tuple[Piece, ...]:
         Piece("far leg", _leg(_BIRD_LEG, 0.13, 0.23), grain=90.0, swing=14.0, keypoints=(("far leg", 0.134, 0.36),)),
         Piece("tail", _fan(-0.25, 0.03, 0.07, (-0.43, -0.13, 0.052), (-0.445, -0.03, 0.055), (-0.43, 0.07, 0.05)),
               grain=10.0, swing=10.0, keypoints=(("tail", -0.41, -0.03),)),
-        Piece("near leg", _leg(_BIRD_LEG, -0.04, 0.25), grain=90.0, swing=14.0, keypoints=(("near leg", -0.036, 0.38),)),
+        Piece("near leg", _leg(_BIRD_LEG, -0.04, 0.25), grain=90.0, swing=14.0,
+              keypoints=(("near leg", -0.036, 0.38),)),
         Piece("belly", ((-0.14, 0.04, 0.2, 0.1, 0.05, 0.235),), inner=(breast, back),
               keypoints=(("belly", -0.04, 0.17), ("back", -0.2, -0.04))),
         Piece("head", ((0.4, -0.19, 0.05, 0.475, -0.165, 0.02),), coat="beak", keypoints=(("beak", 0.47, -0.165),)),
@@ -188,16 +198,26 @@ def marked(pieces: Sequence[Piece]) -> tuple[Piece, ...]:
     )
 
 
-def sided(name: str, *, flip: bool) -> str:
-    """Turn near and far into left and right: who faces the viewer's right shows the right side."""
-    near, far = ("left", "right") if flip else ("right", "left")
-    return name.replace("near", near).replace("far", far)
+def posed(pieces: Sequence[Piece], turns: Sequence[float]) -> tuple[Piece, ...]:
+    """Turn every piece and its keypoints about the start of its first capsule (radians)."""
+    return tuple(_turned(piece, turn) for piece, turn in zip(pieces, turns, strict=True))
 
 
-def to_image(pose: Pose, u: float, v: float) -> tuple[float, float]:
-    """Map a canonical point to pixels."""
-    c, s, u = math.cos(pose.angle) * pose.length, math.sin(pose.angle) * pose.length, -u if pose.flip else u
-    return pose.x + c * u - s * v, pose.y + s * u + c * v
+def _turned(piece: Piece, turn: float) -> Piece:
+    (x, y), c, s = piece.cones[0][:2], math.cos(turn), math.sin(turn)
+    a, b = x - c * x + s * y, y - s * x - c * y
+    cones = tuple(
+        (a + c * u - s * v, b + s * u + c * v, r, a + c * p - s * q, b + s * p + c * q, t)
+        for u, v, r, p, q, t in piece.cones
+    )
+    points = tuple((name, a + c * u - s * v, b + s * u + c * v) for name, u, v in piece.keypoints)
+    return replace(piece, cones=cones, keypoints=points)
+
+
+def to_image(pose: Pose, points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Map canonical points to pixels."""
+    c, s, side = math.cos(pose.angle) * pose.length, math.sin(pose.angle) * pose.length, -1 if pose.flip else 1
+    return [(pose.x + c * side * u - s * v, pose.y + s * side * u + c * v) for u, v in points]
 
 
 def to_canonical(pose: Pose, x: Array, y: Array) -> tuple[Array, Array]:
@@ -207,26 +227,14 @@ def to_canonical(pose: Pose, x: Array, y: Array) -> tuple[Array, Array]:
     return (c * p + s * q) * (-1 if pose.flip else 1), c * q - s * p
 
 
-def turned(piece: Piece, turn: float) -> Piece:
-    """Turn a piece and its keypoints about the start of its first capsule (radians)."""
-    (x, y), c, s = piece.cones[0][:2], math.cos(turn), math.sin(turn)
-
-    def move(a: float, b: float) -> tuple[float, float]:
-        return x + c * (a - x) - s * (b - y), y + s * (a - x) + c * (b - y)
-
-    cones = tuple((*move(a, b), r, *move(d, e), q) for a, b, r, d, e, q in piece.cones)
-    return replace(piece, cones=cones, keypoints=tuple((name, *move(a, b)) for name, a, b in piece.keypoints))
-
-
 def landmarks(pieces: Sequence[Piece], pose: Pose) -> dict[str, tuple[float, float, str]]:
     """Return each keypoint in pixels, and the region in front where it is seen ("" for the far eye, which never is)."""
+    points = [point for piece in pieces for part in (piece, *piece.inner) for point in part.keypoints]
+    places = to_image(pose, [(u, v) for _, u, v in points])
     found = {}
-    for piece, turn in zip(pieces, pose.turns, strict=True):
-        lying = [point for part in piece.inner for point in part.keypoints]
-        for name, u, v in (*turned(piece, turn).keypoints, *lying):
-            side = sided(name, flip=pose.flip)
-            region = "" if name == "far eye" else side if side in REGIONS else "head"
-            found[side] = (*to_image(pose, u, v), region)
+    for (name, _, _), place in zip(points, places, strict=True):
+        side = SIDED[pose.flip].get(name, name)
+        found[side] = (*place, "" if name == "far eye" else side if side in REGIONS else "head")
     return found
 
 
@@ -237,40 +245,27 @@ def distance(cones: Sequence[Cone], u: Array, v: Array, *, blend: float = 0.0) -
     t_i = clip((p - a_i).(b_i - a_i) / |b_i - a_i|^2, 0, 1). With `blend` k > 0 the minimum of f and g is
     min(f, g) - h^2 / 4k, h = max(k - |f - g|, 0).
     """
-    f = _capsule(cones[0], u, v)
-    for cone in cones[1:]:
-        g = _capsule(cone, u, v)
-        lower = np.minimum(f, g)
-        f = lower if blend == 0 else lower - np.maximum(blend - np.abs(f - g), 0) ** 2 / (4 * blend)
+    f: Array | None = None
+    for x, y, r, x1, y1, s in cones:
+        dx, dy, p, q = x1 - x, y1 - y, u - x, v - y
+        t = ((p * dx + q * dy) / max(dx * dx + dy * dy, 1e-9)).clip(0, 1)
+        g: Array = np.hypot(p - t * dx, q - t * dy) - (r + t * (s - r))
+        melt = 0 if f is None or blend == 0 else np.maximum(blend - np.abs(f - g), 0) ** 2 / (4 * blend)
+        f = g if f is None else np.minimum(f, g) - melt
+    if f is None:
+        raise ValueError("a shape needs at least one capsule, got none")
     return f
-
-
-def _capsule(cone: Cone, u: Array, v: Array) -> Array:
-    x, y, r, x1, y1, s = cone
-    dx, dy, p, q = x1 - x, y1 - y, u - x, v - y
-    if dx == dy == 0:
-        ball: Array = np.hypot(p, q) - r
-        return ball
-    t = _ramp((p * dx + q * dy) / (dx * dx + dy * dy))
-    f: Array = np.hypot(p - t * dx, q - t * dy) - (r + t * (s - r))
-    return f
-
-
-def _ramp(x: Array) -> Array:
-    ramp: Array = np.minimum(np.maximum(x, 0), 1)
-    return ramp
 
 
 def trace(pieces: Sequence[Piece], pose: Pose, shape: tuple[int, int]) -> tuple[Layer, ...]:
     """Return the layers of a creature on a canvas of (h, w) pixels, back to front."""
-    return tuple(_layer(turned(piece, turn), pose, shape) for piece, turn in zip(pieces, pose.turns, strict=True))
-
-
-def _layer(piece: Piece, pose: Pose, shape: tuple[int, int]) -> Layer:
-    rows, columns = window = _window(piece, pose, shape)
-    x = np.arange(columns.start, columns.stop, dtype=np.float32)[None] + 0.5
-    y = np.arange(rows.start, rows.stop, dtype=np.float32)[:, None] + 0.5
-    return _measured(piece, window, *to_canonical(pose, x, y))
+    layers = []
+    for piece in pieces:
+        rows, columns = window = _window(piece, pose, shape)
+        x = np.arange(columns.start, columns.stop, dtype=np.float32)[None] + 0.5
+        y = np.arange(rows.start, rows.stop, dtype=np.float32)[:, None] + 0.5
+        layers.append(_measured(piece, window, *to_canonical(pose, x, y)))
+    return tuple(layers)
 
 
 def _measured(piece: Piece, window: Window, u: Array, v: Array) -> Layer:
@@ -279,16 +274,14 @@ def _measured(piece: Piece, window: Window, u: Array, v: Array) -> Layer:
 
 
 def _window(piece: Piece, pose: Pose, shape: tuple[int, int]) -> Window:
+    """Return the rows and columns of the canvas that a piece and its shadow may touch."""
     ends = [end for cone in piece.cones for end in (cone[:3], cone[3:])]
-    placed = [(*to_image(pose, x, y), (radius + _HALO) * pose.length + 2) for x, y, radius in ends]
-    left, right = min(x - reach for x, _, reach in placed), max(x + reach for x, _, reach in placed)
-    top, bottom = min(y - reach for _, y, reach in placed), max(y + reach for _, y, reach in placed)
-    return _span(top, bottom, shape[0]), _span(left, right, shape[1])
-
-
-def _span(low: float, high: float, side: int) -> slice:
-    start = min(max(math.floor(low), 0), side)
-    return slice(start, max(min(math.ceil(high), side), start))
+    reach = np.array([(radius + _HALO) * pose.length + 2 for _, _, radius in ends])[:, None]
+    places = np.array(to_image(pose, [(u, v) for u, v, _ in ends]))
+    limits = (shape[1], shape[0])
+    left, top = np.floor((places - reach).min(0)).astype(int).clip(0, limits).tolist()
+    right, bottom = np.ceil((places + reach).max(0)).astype(int).clip(0, limits).tolist()
+    return slice(top, bottom), slice(left, right)
 
 
 def own(owner: NDArray[np.int16], layers: Sequence[Layer], *, flip: bool, instance: int) -> None:
@@ -298,75 +291,74 @@ def own(owner: NDArray[np.int16], layers: Sequence[Layer], *, flip: bool, instan
 
 
 def _claim(view: NDArray[np.int16], layer: Layer, inside: NDArray[np.bool_], *, flip: bool, first: int) -> None:
-    view[inside] = first + REGIONS.index(sided(layer.piece.region, flip=flip))
+    view[inside] = first + REGIONS.index(SIDED[flip].get(layer.piece.region, layer.piece.region))
     for child in layer.inner:
-        if child.piece.region != layer.piece.region or child.inner:
+        if child.piece.region != layer.piece.region:
             _claim(view, child, inside & (child.f <= 0), flip=flip, first=first)
 
 
 def paint(canvas: Array, layers: Sequence[Layer], coats: Mapping[str, Coat], length: float) -> None:
     """Draw layers over the canvas, each with a soft shadow around it; `length` is the creature's, in pixels.
 
-    The shadow depends on the shapes alone, so a pixel shows the coats of the part that owns it and, within a pixel of
-    an edge, of its neighbor.
+    The shadow depends on the shapes alone, so a pixel shows the coat of the part that owns its center, and along an
+    edge a share of what lies next to it or under it.
     """
     for layer in layers:
-        if not layer.f.size:
-            continue
-        view, shadow = canvas[layer.window], _ramp(1 - layer.f / _HALO)
+        view, shadow = canvas[layer.window], (1 - layer.f / _HALO).clip(0, 1)
         view *= (1 - 0.34 * shadow * shadow)[..., None]
-        view += _cover(layer.f, length) * (_lit(_skin(layer, coats, length), layer.f, length) - view)
+        near = layer.f * length < 0.5
+        if near.any():
+            cover = (0.5 - layer.f[near] * length).clip(0, 1)[:, None]
+            view[near] = (1 - cover) * view[near] + cover * _lit(_skin(layer, near, coats, length), layer, near, length)
 
 
-def _cover(f: Array, length: float) -> Array:
-    return _ramp(0.5 - f * length)[..., None]
-
-
-def _skin(layer: Layer, coats: Mapping[str, Coat], length: float) -> Array:
-    """Return the unshaded color of a piece and of all that lies on it."""
+def _skin(layer: Layer, near: NDArray[np.bool_], coats: Mapping[str, Coat], length: float) -> Array:
+    """Return the unshaded colors of a piece and of all that lies on it, (n, 3) for the n pixels near it."""
     part = layer.piece.region.removeprefix("near ").removeprefix("far ")
-    name = layer.piece.coat or {"leg": "legs", "wing": "wings"}.get(part, part)
-    skin = _woven(coats[name], layer, length)
+    coat = coats[layer.piece.coat or {"leg": "legs", "wing": "wings"}.get(part, part)]
+    skin = _woven(coat, layer.u[near], layer.v[near], grain=layer.piece.grain, length=length)
     for child in layer.inner:
-        skin = skin + _cover(child.f, length) * (_skin(child, coats, length) - skin)
+        cover = (0.5 - child.f[near] * length).clip(0, 1)[:, None]
+        skin = (1 - cover) * skin + cover * _skin(child, near, coats, length)
     return skin
 
 
-def _woven(coat: Coat, layer: Layer, length: float) -> Array:
+def _woven(coat: Coat, u: Array, v: Array, *, grain: float, length: float) -> Array:
     """Return a coat's color and pattern; dots are a hexagonal sum of three cosines above a level."""
     if PATTERNS[coat.pattern] == "solid":
-        return np.broadcast_to(coat.color, (*layer.f.shape, 3))
-    period, grain = max(PERIOD, FINEST / length), math.radians(layer.piece.grain)
-    x, y = (2 * math.pi / period * weight for weight in (math.cos(grain), math.sin(grain)))
-    p = x * layer.u + y * layer.v
+        return np.broadcast_to(coat.color, (*u.shape, 3))
+    period, angle = max(PERIOD, FINEST / length), math.radians(grain)
+    x, y = (2 * math.pi / period * weight for weight in (math.cos(angle), math.sin(angle)))
+    p = x * u + y * v
     if PATTERNS[coat.pattern] == "stripes":
         wave, steepness = np.cos(p) - math.cos(math.pi * coat.ink), 1
     else:
-        q = (x * layer.v - y * layer.u) * (3**0.5 / 2)
+        q = (x * v - y * u) * (3**0.5 / 2)
         level = float(np.interp(coat.ink, _DOT_INK, _DOT_LEVEL))
         wave, steepness = np.cos(p) + 2 * np.cos(p / 2) * np.cos(q) - level, 2
-    ink = _ramp(0.5 + wave * (period * length / (2 * math.pi * steepness)))[..., None]
+    ink = (0.5 + wave * (period * length / (2 * math.pi * steepness))).clip(0, 1)[..., None]
     return coat.color + ink * 0.82 * (CREAM - coat.color)
 
 
-def _lit(skin: Array, f: Array, length: float) -> Array:
+def _lit(skin: Array, layer: Layer, near: NDArray[np.bool_], length: float) -> Array:
     """Shade a piece as a cushion lit from the upper left, with a gleam and a dark line along its edge."""
-    slope_x, slope_y = _slopes(f, length)
-    t = _ramp(1 + f / max(-float(f.min()), 0.02)) ** 2
+    f, (slope_x, slope_y) = layer.f[near], _slopes(layer.f, near, length)
+    t = (1 + f / max(-float(f.min()), 0.02)).clip(0, 1) ** 2
     x, y, z = _LIGHT
-    facing = np.maximum((slope_x * x + slope_y * y) * t + np.sqrt(1 - np.minimum(t * t, 1)) * z, -0.3)
-    line = _ramp(0.5 + max(0.55, 0.014 * length) + f * length)
+    facing = ((slope_x * x + slope_y * y) * t + np.sqrt(1 - np.minimum(t * t, 1)) * z).clip(-0.3, 2)
+    line = (0.5 + max(0.55, 0.014 * length) + f * length).clip(0, 1)
     shade = (0.7 + 0.46 * facing) * (1 - 0.6 * line)
-    gleam = 0.22 * _ramp((facing - 0.9) * 10) ** 2 * (1 - line)
-    return _ramp(skin * shade[..., None] + gleam[..., None])
+    gleam = 0.22 * ((facing - 0.9) * 10).clip(0, 1) ** 2 * (1 - line)
+    lit: Array = (skin * shade[:, None] + gleam[:, None]).clip(0, 1)
+    return lit
 
 
-def _slopes(f: Array, length: float) -> tuple[Array, Array]:
-    """Return the gradient of f in canonical units, along x and y; zero on the window's rim, where nothing is drawn."""
+def _slopes(f: Array, near: NDArray[np.bool_], length: float) -> tuple[Array, Array]:
+    """Return the gradient of f in canonical units, along x and y; zero on the window's rim."""
     x, y = np.zeros_like(f), np.zeros_like(f)
     x[:, 1:-1] = (f[:, 2:] - f[:, :-2]) * (length / 2)
     y[1:-1] = (f[2:] - f[:-2]) * (length / 2)
-    return x, y
+    return x[near], y[near]
 
 
 def backdrop(rng: np.random.Generator, shape: tuple[int, int], *, texture: int, hue: float) -> Array:
@@ -379,7 +371,7 @@ def backdrop(rng: np.random.Generator, shape: tuple[int, int], *, texture: int, 
     t = (2 / (1 + np.exp(-3 * mixing)))[..., None]
     color = low + np.minimum(t, 1) * (mid - low) + np.maximum(t - 1, 0) * (high - mid)
     slope = np.linspace(0.08, -0.08, shape[0], dtype=np.float32)[:, None]
-    return _ramp(color * (1 + 0.17 * relief + slope)[..., None])
+    return (color * (1 + 0.17 * relief + slope)[..., None]).clip(0, 1)
 
 
 def _muted(rng: np.random.Generator, hue: float) -> Array:
@@ -393,21 +385,21 @@ def fractal(rng: np.random.Generator, shape: tuple[int, int], cells: tuple[int, 
     """Return smooth noise of mean zero: `cells` bumps down and across, each octave twice as fine and half as high."""
     total = np.zeros(shape, np.float32)
     for octave in range(octaves):
-        rows, columns = _spread(shape[0], cells[0] << octave), _spread(shape[1], cells[1] << octave)
-        grid = rng.standard_normal((rows.shape[1], columns.shape[1]), np.float32)
-        total += 0.5**octave * (rows @ grid @ columns.T)
+        tall, wide = cells[0] << octave, cells[1] << octave
+        (top, s), (left, t) = _corners(shape[0], tall), _corners(shape[1], wide)
+        grid = rng.standard_normal((tall + 1, wide + 1), np.float32) * 0.5**octave
+        rows = grid[top] + s[:, None] * (grid[top + 1] - grid[top])
+        start = rows[:, left]
+        total += start + t * (rows[:, left + 1] - start)
     return total
 
 
 @lru_cache(maxsize=64)
-def _spread(pixels: int, cells: int) -> Array:
-    """Return the (pixels, cells + 1) matrix that interpolates smoothly between the corners of cells."""
+def _corners(pixels: int, cells: int) -> tuple[NDArray[np.intp], Array]:
+    """Return for every pixel the corner before it and its smoothed way to the next one, in [0, 1]."""
     at = (np.arange(pixels) + 0.5) * cells / pixels
-    corner, t = at.astype(int), at % 1
-    t = t * t * (3 - 2 * t)
-    weights = np.zeros((pixels, cells + 1), np.float32)
-    weights[np.arange(pixels), corner], weights[np.arange(pixels), corner + 1] = 1 - t, t
-    return weights
+    t = (at % 1).astype(np.float32)
+    return at.astype(np.intp), t * t * (3 - 2 * t)
 
 
 def litter(rng: np.random.Generator, canvas: Array, *, number: int, length: float, margin: int) -> None:
@@ -418,6 +410,6 @@ def litter(rng: np.random.Generator, canvas: Array, *, number: int, length: floa
         cones = _fan(0.0, 0.0, rng.uniform(0.08, 0.15), *((u, v, radius) for u, v, radius in ends))
         thing = Piece("litter", cones, blend=0.06, grain=rng.uniform(0, 180))
         x, y = rng.uniform(margin, width - margin), rng.uniform(margin, height - margin)
-        layers = trace((thing,), Pose(x, y, length, 0.0, False, (0.0,)), (height, width))
+        layers = trace((thing,), Pose(x, y, length), (height, width))
         coat = Coat(PALETTE[rng.integers(len(PALETTE))], int(rng.integers(len(PATTERNS))), rng.uniform(0.34, 0.48))
         paint(canvas, layers, {"litter": coat}, length)

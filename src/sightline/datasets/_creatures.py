@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import combinations
+from itertools import combinations, permutations
 from types import MappingProxyType
 from typing import Any
 
@@ -79,14 +79,14 @@ def _codebook() -> NDArray[np.int64]:
     table = []
     for _, plan, change in _KINDS:
         worn = dict(zip(PARTS, _COMMON[plan].split(", "), strict=True)) | change
-        table.append(
-            [(COLORS.index(color), PATTERNS.index(pattern)) for color, pattern in map(str.split, worn.values())]
-        )
+        pairs = [coat.split() for coat in worn.values()]
+        table.append([(COLORS.index(color), PATTERNS.index(pattern)) for color, pattern in pairs])
     return np.array(table)
 
 
 _CODEBOOK = _codebook()
-_MARKS = tuple((upper, (upper + turn) % 6) for turn in range(1, 5) for upper in range(6))[: len(_KINDS)]
+_MARKS = tuple(permutations(range(1, len(COLORS)), 2))
+"""Upper and lower color of every mark: all but the first color, which the head of the marked creature has."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -191,7 +191,8 @@ class Creatures:
     def difference_mask(self, sample: Sample, a: int, b: int) -> Bool[Tensor, "h w"]:
         """Return where a sample shows what tells class `a` from class `b`.
 
-        It is the union of the visible differing parts of the creatures of either class.
+        It is the union of the visible differing parts of the creatures of either class. A part owns the pixels whose
+        centers it covers; as edges are anti-aliased, its color also tints pixels that touch it.
 
         Raises:
             ValueError: the sample shows neither class, or no such class.
@@ -308,9 +309,8 @@ def _cast(dataset: Creatures, index: int, rng: np.random.Generator) -> list[int]
 
 def _enter(stage: Stage, dataset: Creatures, label: int, rng: np.random.Generator) -> Stage:
     """Put a creature in front of the others; one that finds no place without hiding too much stays away."""
-    pieces = _pieces(dataset, label)
     for _ in range(_TRIES if stage.actors else 100 * _TRIES):
-        pose = _pose(dataset, pieces, rng)
+        pieces, pose = _pieces(dataset, label, rng), _pose(dataset, rng)
         layers = drawing.trace(pieces, pose, stage.owner.shape)
         owner, alone = stage.owner.copy(), np.zeros_like(stage.owner)
         for canvas, instance in ((owner, len(stage.actors)), (alone, 0)):
@@ -326,17 +326,18 @@ def _enter(stage: Stage, dataset: Creatures, label: int, rng: np.random.Generato
     return stage
 
 
-def _pieces(dataset: Creatures, label: int) -> tuple[drawing.Piece, ...]:
+def _pieces(dataset: Creatures, label: int, rng: np.random.Generator) -> tuple[drawing.Piece, ...]:
+    """Return the pieces of a class's body plan, each swung a little."""
     pieces = drawing.PLANS[dataset.groups[label]]
-    return drawing.marked(pieces) if dataset.variant == "mark" else pieces
+    turns = [math.radians(rng.uniform(-1, 1) * piece.swing) for piece in pieces]
+    return drawing.posed(drawing.marked(pieces) if dataset.variant == "mark" else pieces, turns)
 
 
-def _pose(dataset: Creatures, pieces: tuple[drawing.Piece, ...], rng: np.random.Generator) -> drawing.Pose:
+def _pose(dataset: Creatures, rng: np.random.Generator) -> drawing.Pose:
     length, (height, width) = _length(dataset, rng), _frame(dataset)
     x, y = (side / 2 + rng.uniform(-0.5, 0.5) * max(side - 0.92 * length, 0.08 * side) for side in (width, height))
     angle, flip = math.radians(rng.uniform(-25, 25)), bool(rng.integers(2))
-    turns = tuple(math.radians(rng.uniform(-1, 1) * piece.swing) for piece in pieces)
-    return drawing.Pose(x + dataset.size // 4, y + dataset.size // 4, length, angle, flip, turns)
+    return drawing.Pose(x + dataset.size // 4, y + dataset.size // 4, length, angle, flip)
 
 
 def _length(dataset: Creatures, rng: np.random.Generator) -> float:
@@ -352,7 +353,7 @@ def _is_clear(stage: Stage, dataset: Creatures) -> bool:
     seen, whole = (_census(owner, len(stage.actors)) for owner in (_inside(stage, stage.owner), stage.owner))
     shares = seen.sum(1) / [actor.area for actor in stage.actors]
     parts = np.stack([seen[:, [REGIONS.index(name) for name in _sides(part)]].sum(1) for part in PARTS])
-    is_sized = dataset.variant != "small" or _SMALL[0] <= seen.sum() / dataset.size**2 <= _SMALL[1]
+    is_sized = dataset.variant != "small" or bool(_SMALL[0] <= seen.sum() / dataset.size**2 <= _SMALL[1])
     is_marked = bool((seen[:, -1] == whole[:, -1]).all())
     return bool(shares[-1] >= 0.9 and shares.min() >= 0.6 and parts.min() >= LEAST) and is_sized and is_marked
 
@@ -413,28 +414,27 @@ def _coats(dataset: Creatures, actor: Actor) -> dict[str, drawing.Coat]:
 
 @lru_cache(maxsize=len(VARIANTS))
 def _table(variant: str) -> NDArray[np.int64]:
-    """Return the (20, parts, 2) codebook; with marks, all creatures are the first one."""
+    """Return the (20, parts, 2) codebook; with marks, all creatures are the first one with a solid head."""
     if variant != "mark":
         return _CODEBOOK
-    return np.concatenate([np.repeat(_CODEBOOK[:1], len(_KINDS), 0), np.array(_MARKS)[:, None]], 1)
+    alike = np.repeat(_CODEBOOK[:1], len(_KINDS), 0)
+    alike[:, PARTS.index("head")] = 0
+    return np.concatenate([alike, np.array(_MARKS)[:, None]], 1)
 
 
 def _points(dataset: Creatures, stage: Stage) -> NDArray[np.float32]:
     """Return x, y, visible of every keypoint of every actor, in pixels of the image without its margin."""
-    names = dataset.keypoint_names
-    points = [
-        _point(stage, instance, actor.landmarks[name]) for instance, actor in enumerate(stage.actors) for name in names
-    ]
+    owner, points = _inside(stage, stage.owner), []
+    height, width = owner.shape
+    for instance, actor in enumerate(stage.actors):
+        for name in dataset.keypoint_names:
+            x, y, region = actor.landmarks[name]
+            row, column = math.floor(y) - stage.margin, math.floor(x) - stage.margin
+            code = int(owner[row, column]) - 1 if 0 <= row < height and 0 <= column < width else -1
+            shown = REGIONS[code % len(REGIONS)] if code // len(REGIONS) == instance else None
+            is_visible = shown == region or (shown == "mark" and region == "head")
+            points.append((x - stage.margin, y - stage.margin, is_visible))
     return np.array(points, np.float32)
-
-
-def _point(stage: Stage, instance: int, landmark: tuple[float, float, str]) -> tuple[float, float, bool]:
-    x, y, region = landmark[0] - stage.margin, landmark[1] - stage.margin, landmark[2]
-    owner, row, column = _inside(stage, stage.owner), math.floor(y), math.floor(x)
-    if not (region and 0 <= row < owner.shape[0] and 0 <= column < owner.shape[1]):
-        return x, y, False
-    whose, what = divmod(int(owner[row, column]) - 1, len(REGIONS))
-    return x, y, whose == instance and REGIONS[what] in ((region, "mark") if region == "head" else (region,))
 
 
 def _boxes(instances: Tensor, number: int) -> Float[Tensor, "n 4"]:

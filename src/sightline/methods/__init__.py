@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from sightline.types import Images, Labels, Saliency
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Entry:
     """What is known of a method without importing it; called, it is the method with its defaults.
 

@@ -1,9 +1,11 @@
 """Ablation-CAM. Desai and Ramaswamy, Ablation-CAM, WACV 2020."""
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from sightline.classifier import Classifier, check_labels, logit
-from sightline.types import Features, Images, Labels, Saliency, Score, Values
+from sightline.types import Images, Labels, Saliency, Score
 
 
 def ablation_cam(
@@ -30,7 +32,9 @@ def ablation_cam(
     return torch.einsum("bk,bkij->bij", w, A).relu()[:, None]
 
 
-def without(classifier: Classifier, x: Images, y: torch.Tensor, A: Features, score: Score, chunk: int) -> Values:
+def without(
+    classifier: Classifier, x: Images, y: Tensor, A: Float[Tensor, "c i j"], score: Score, chunk: int
+) -> Float[Tensor, " c"]:
     """Return one image's score without each of its channels."""
     scores = []
     for start in range(0, len(A), chunk):

@@ -57,7 +57,8 @@ def opti_cam(
     Costs a forward and a backward of the whole network a step (two forwards for the io objectives).
 
     Raises:
-        ValueError: fewer than one step, or a learning rate not above zero.
+        ValueError: fewer than one step, a learning rate not above zero, or features that cancel out at the start (the
+            channels of an untrained layer norm sum to zero).
         LookupError: an unknown choice.
     """
     if steps < 1 or lr <= 0:
@@ -78,6 +79,7 @@ def opti_cam(
             return F(p[i], through(m), lambda: through(1 - m))
 
         u = initial(classifier, x, y, A, start, score)
+        check_start(combine(u, A), A, classifier.layer)
         return combine(climb(value, u, steps=steps, lr=lr, tolerance=tolerance, keep_best=keep_best), A)
 
 
@@ -93,6 +95,20 @@ def initial(classifier: Classifier, x: Images, y: Labels, A: Features, start: St
         spread = w.std(1, correction=0, keepdim=True)
         return w / torch.where(spread > 0, spread, 1)
     return torch.full(A.shape[:2], START, dtype=A.dtype, device=A.device)
+
+
+def check_start(S: Saliency, A: Features, layer: str) -> None:
+    """Check that the first map is more than rounding.
+
+    Raises:
+        ValueError: the channels vary over the image and their combination does not.
+    """
+    varies, sums = (maps.amax((2, 3)) - maps.amin((2, 3)) for maps in (A, S))
+    if bool((sums.amax(1) < 100 * torch.finfo(A.dtype).eps * varies.amax(1)).any()):
+        raise ValueError(
+            f"the channels of layer {layer!r} cancel out at the start (with equal weights, those of an untrained layer "
+            "norm sum to zero); pass start='grad_cam', or choose another layer"
+        )
 
 
 def climb(

@@ -1,0 +1,398 @@
+"""Models. From one line of text to a classifier, and from a classifier to a file; nothing is imported before its use.
+
+`name?key=value&key=value` is the only grammar: `creatures`, `mini_resnet?classes=10&seed=1`, `torchvision:resnet50`,
+`weights.safetensors`, `python:package.module:factory?depth=3&normalization=imagenet`.
+"""
+
+import hashlib
+import inspect
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from sightline.registry import find, unknown
+from sightline.registry import load as _load
+from sightline.runs import Choice, provenance, write_bytes, write_text
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from sightline.classifier import Classifier
+    from sightline.models._mini_resnet import MiniResNet as MiniResNet
+    from sightline.models._mini_resnet import mini_resnet as mini_resnet
+    from sightline.models._mini_vgg import MiniVGG as MiniVGG
+    from sightline.models._mini_vgg import mini_vgg as mini_vgg
+    from sightline.models._mini_vit import MiniViT as MiniViT
+    from sightline.models._mini_vit import mini_vit as mini_vit
+
+EMBEDDED = Path(__file__).parents[1] / "weights" / "creatures.safetensors"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A classifier of the catalogue; calling it builds one."""
+
+    load: str
+    """Where its function is: `package.module:name`."""
+    summary: str
+
+    def __call__(self, **settings: Any) -> "Classifier":
+        """Import the function and call it.
+
+        Raises:
+            LookupError: a setting that it does not have.
+        """
+        classifier: Classifier = call(_load(self.load), settings)
+        return classifier
+
+
+MODELS: Mapping[str, Entry] = MappingProxyType(
+    {
+        "creatures": Entry("sightline.models:creatures", "the embedded default: a MiniResNet trained on creatures"),
+        "mini_resnet": Entry(
+            "sightline.models._mini_resnet:mini_resnet", "four residual stages, 0.65 M parameters, random weights"
+        ),
+        "mini_vgg": Entry("sightline.models._mini_vgg:mini_vgg", "five plain blocks, 1.2 M parameters, random weights"),
+        "mini_vit": Entry(
+            "sightline.models._mini_vit:mini_vit", "six transformer blocks, 2.7 M parameters, random weights"
+        ),
+    }
+)
+"""Name -> classifier."""
+
+FORMS: Mapping[str, str] = MappingProxyType(
+    {
+        "torchvision:NAME": "any classification network of torchvision, with its weights or ?weights=none&seed=0",
+        "FILE.safetensors": "weights written by `save`, with their manifest FILE.json",
+        "python:MODULE:NAME": "your own function or network, also from the current folder; "
+        "?normalization=imagenet|none, layer= and size= say how to wrap it, the rest is its arguments",
+    }
+)
+"""What else `load` reads -> what it is."""
+
+_HOMES = {
+    "MiniResNet": "sightline.models._mini_resnet:MiniResNet",
+    "MiniVGG": "sightline.models._mini_vgg:MiniVGG",
+    "MiniViT": "sightline.models._mini_vit:MiniViT",
+    "mini_resnet": "sightline.models._mini_resnet:mini_resnet",
+    "mini_vgg": "sightline.models._mini_vgg:mini_vgg",
+    "mini_vit": "sightline.models._mini_vit:mini_vit",
+}
+
+__all__ = [
+    "MODELS",
+    "FORMS",
+    "Entry",
+    "load",
+    "parse",
+    "save",
+    "creatures",
+    "MiniResNet",
+    "MiniVGG",
+    "MiniViT",
+    "mini_resnet",
+    "mini_vgg",
+    "mini_vit",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return _load(_HOMES[name])
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+def parse(text: str) -> Choice:
+    """Read `name?key=value&key=value`; a value is an integer, a float, true or false, else text.
+
+    Raises:
+        ValueError: no name, or a part behind the question mark that is no `key=value`.
+    """
+    name, _, query = text.partition("?")
+    pairs = [part.partition("=") for part in query.split("&") if part]
+    if not name or not all(key and equals for key, equals, _ in pairs):
+        raise ValueError(f"expected name?key=value&key=value, got {text!r}")
+    return Choice(name, {key: value_of(value) for key, _, value in pairs})
+
+
+def value_of(text: str) -> int | float | bool | str:
+    """Read one value."""
+    if text in ("true", "false"):
+        return text == "true"
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def load(model: str | Choice) -> "Classifier":
+    """Return the classifier that a line of text (see the module), or a name with settings, stands for.
+
+    Raises:
+        LookupError: no such model or setting; the message names the nearest ones.
+        ValueError, TypeError: a text, a setting, a file or a network that does not fit.
+        OSError: a file that is not there, or weights that cannot be downloaded.
+    """
+    given = parse(model) if isinstance(model, str) else model
+    named = parse(given.name)
+    settings = {**named.settings, **given.settings}
+    if "layer" in settings:
+        settings["layer"] = str(settings["layer"])
+    kind, _, rest = named.name.partition(":")
+    if named.name.endswith(".safetensors"):
+        described: Classifier = call(_from_file, {"path": named.name, **settings})
+        return described
+    if kind == "torchvision":
+        return _from_torchvision(rest, settings)
+    if kind == "python":
+        return _from_python(rest, settings)
+    try:
+        entry = find(named.name, MODELS, "models")
+    except LookupError as error:
+        raise LookupError(f"{error}; or {', '.join(FORMS)}") from error
+    return entry(**settings)
+
+
+def call(function: Callable[..., Any], settings: Mapping[str, Any]) -> Any:
+    """Call a function with settings by name.
+
+    Raises:
+        LookupError: a setting that it does not have.
+    """
+    known = inspect.signature(function).parameters
+    for name in settings:
+        if name not in known:
+            raise LookupError(unknown(name, known, f"setting of {function.__name__.removeprefix('_')}"))
+    return function(**settings)
+
+
+def creatures(*, layer: str | None = None) -> "Classifier":
+    """Return the embedded default: a MiniResNet for the 20 classes of creatures at 64 pixels.
+
+    Raises:
+        FileNotFoundError: this installation lacks its weights.
+    """
+    if not EMBEDDED.exists():
+        raise FileNotFoundError(
+            f"the embedded weights {EMBEDDED} are missing; install sightline again, or train a network of your own: "
+            "sightline train classifier --data creatures --model mini_resnet"
+        )
+    return _from_file(EMBEDDED, layer=layer)
+
+
+def save(
+    classifier: "Classifier",
+    path: Path | str,
+    *,
+    model: Choice,
+    extra: Mapping[str, Any] | None = None,
+    half: bool = False,
+) -> Path:
+    """Write the weights as safetensors, and beside them a manifest in JSON; each atomically.
+
+    `model` says how to build the network (without its weights); `extra` is kept in the manifest: recipe, accuracy.
+    `half` stores floats in 16 bits; they load as 32 bits.
+
+    Raises:
+        ValueError: a path that is no .safetensors, or weights that 16 bits cannot hold.
+    """
+    from safetensors.torch import save as to_bytes
+
+    target = Path(path)
+    if target.suffix != ".safetensors":
+        raise ValueError(f"expected a path that ends in .safetensors, got {target}")
+    content = to_bytes(_stored(classifier.model, half=half))
+    manifest = {
+        "model": model.plain(),
+        "layer": classifier.layer,
+        "mean": classifier.mean,
+        "std": classifier.std,
+        "size": classifier.size,
+        "classes": classifier.classes,
+        "sha256": hashlib.sha256(content).hexdigest(),
+        "extra": dict(extra or {}),
+        "provenance": provenance(),
+    }
+    text = json.dumps(manifest, indent=1, sort_keys=True) + "\n"
+    write_bytes(target, content)
+    write_text(target.with_suffix(".json"), text)
+    return target
+
+
+def _stored(model: "nn.Module", *, half: bool) -> dict[str, "Tensor"]:
+    """Return copies of the state, tied weights twice; floats in 16 bits where asked."""
+    state = {name: value.detach().cpu().contiguous().clone() for name, value in model.state_dict().items()}
+    if not half:
+        return state
+    halves = {name: value.half() if value.is_floating_point() else value for name, value in state.items()}
+    if lost := [name for name, value in halves.items() if not value.isfinite().all()]:
+        raise ValueError(f"16 bits cannot hold the values of {', '.join(lost[:4])}; save with half=False")
+    return halves
+
+
+def _from_file(path: Path | str, *, layer: str | None = None) -> "Classifier":
+    weights = Path(path)
+    manifest_path = weights.with_suffix(".json")
+    for file, hint in (
+        (weights, "give the path of a .safetensors file"),
+        (manifest_path, "it says which network the weights belong to; sightline.models.save writes both"),
+    ):
+        if not file.exists():
+            raise FileNotFoundError(f"no file {file}; {hint}")
+    content = weights.read_bytes()
+    manifest = _manifest(manifest_path)
+    if manifest["sha256"] != hashlib.sha256(content).hexdigest():
+        raise ValueError(f"{manifest_path} describes other weights than {weights}: the checksums differ")
+    built = load(_untrained(Choice.of(manifest["model"])))
+    _fill(built.model, content, weights)
+    h, w = manifest["size"]
+    mean, std, classes = (tuple(manifest[name]) for name in ("mean", "std", "classes"))
+    return replace(built, mean=mean, std=std, size=(h, w), classes=classes).at(layer or manifest["layer"])
+
+
+def _manifest(path: Path) -> dict[str, Any]:
+    """Read a manifest.
+
+    Raises:
+        ValueError: not JSON, or not what `save` writes.
+    """
+    try:
+        table: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        missing = [name for name in ("model", "layer", "mean", "std", "size", "classes", "sha256") if name not in table]
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path} is no manifest of a classifier: {error}; sightline.models.save writes one") from error
+    if missing:
+        raise ValueError(f"{path} is no manifest of a classifier: it lacks {', '.join(missing)}")
+    return table
+
+
+def _untrained(choice: Choice) -> Choice:
+    """Say that a network of torchvision comes without weights: those of the file follow."""
+    ours = not choice.name.startswith("torchvision:")
+    return choice if ours else Choice(choice.name, {**choice.settings, "weights": "none"})
+
+
+def _fill(model: "nn.Module", content: bytes, path: Path) -> None:
+    """Copy the weights of a file into a network.
+
+    Raises:
+        ValueError: not safetensors, or tensors that are missing, unexpected or of another shape.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load as from_bytes
+
+    try:
+        state = from_bytes(content)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is no safetensors file: {error}") from error
+    own = model.state_dict()
+    wrong = {
+        "missing": [name for name in own if name not in state],
+        "unexpected": [name for name in state if name not in own],
+        "of another shape": [name for name in own if name in state and own[name].shape != state[name].shape],
+    }
+    if any(wrong.values()):
+        told = "; ".join(f"{why}: {', '.join(names)}" for why, names in wrong.items() if names)
+        raise ValueError(f"{path} does not fit {type(model).__name__}: {told}")
+    model.load_state_dict(state)
+
+
+def _wrapped(model: "nn.Module", settings: Mapping[str, Any], default: Mapping[str, Any]) -> "Classifier":
+    """Wrap with the settings that say how, of which `size` may be "224x160"."""
+    from sightline.classifier import wrap
+
+    chosen = {**default, **settings}
+    if isinstance(size := chosen.get("size"), str):
+        sides = size.split("x")
+        if len(sides) != 2 or not all(side.isdigit() for side in sides):
+            raise ValueError(f"expected size=224 or size=HEIGHTxWIDTH, got {size!r}")
+        chosen["size"] = int(sides[0]), int(sides[1])
+    if isinstance(chosen.get("size"), list):
+        chosen["size"] = tuple(chosen["size"])
+    return wrap(model, **chosen)
+
+
+def _split(settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Part the settings of `wrap` from those of the network."""
+    wrapping = ("layer", "size", "normalization")
+    return {k: v for k, v in settings.items() if k in wrapping}, {
+        k: v for k, v in settings.items() if k not in wrapping
+    }
+
+
+def _from_torchvision(name: str, settings: Mapping[str, Any]) -> "Classifier":
+    from torchvision import models as zoo
+
+    from sightline.models._mini_resnet import seeded
+
+    names = zoo.list_models(module=zoo)
+    if name not in names:
+        raise LookupError(unknown(name, names, "torchvision model"))
+    wrapping, rest = _split(settings)
+    known = zoo.get_model_weights(name)
+    wanted = str(rest.pop("weights", "DEFAULT"))
+    if wanted not in (*known.__members__, "none"):
+        raise LookupError(unknown(wanted, [*known.__members__, "none"], f"weights of {name}"))
+    weights = None if wanted == "none" else known[wanted]
+    try:
+        with seeded(int(rest.pop("seed", 0))):
+            model = zoo.get_model(name, weights=weights, progress=False, **rest)
+    except OSError as error:
+        raise ConnectionError(_no_download(name, weights.url if weights else "", error)) from error
+    if weights is None:
+        return _wrapped(model, wrapping, {"normalization": "imagenet", "size": 224})
+    recipe = weights.transforms()
+    default = {"normalization": (recipe.mean, recipe.std), "size": recipe.crop_size[0]}
+    return _wrapped(model, wrapping, {**default, "classes": weights.meta["categories"]})
+
+
+def _no_download(name: str, url: str, error: OSError) -> str:
+    """Say what to do without a network, in one line."""
+    import torch
+
+    folder = Path(torch.hub.get_dir()) / "checkpoints"
+    return (
+        f"cannot download the weights of {name} ({error}); put {url.rpartition('/')[2]} into {folder}, give a local "
+        f"FILE.safetensors, or take random weights: torchvision:{name}?weights=none"
+    )
+
+
+def _from_python(reference: str, settings: Mapping[str, Any]) -> "Classifier":
+    from torch import nn
+
+    from sightline.classifier import Classifier
+    from sightline.models._mini_resnet import seeded
+
+    wrapping, rest = _split(settings)
+    with importable(Path.cwd()), seeded(0):
+        found = _load(reference)
+    with importable(Path.cwd()), seeded(0):
+        made = found if isinstance(found, nn.Module | Classifier) and not rest else found(**rest)
+    if isinstance(made, nn.Module):
+        return _wrapped(made, wrapping, {})
+    if not isinstance(made, Classifier):
+        raise TypeError(f"python:{reference} gave {type(made).__name__}; expected a torch.nn.Module or a Classifier")
+    if fixed := [name for name in wrapping if name != "layer"]:
+        raise ValueError(f"python:{reference} gives a Classifier, which has its own {' and '.join(fixed)}")
+    return made.at(wrapping["layer"]) if "layer" in wrapping else made
+
+
+@contextmanager
+def importable(folder: Path) -> Iterator[None]:
+    """Import from a folder, too, while inside."""
+    sys.path.insert(0, str(folder))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(folder))

@@ -1,0 +1,322 @@
+"""Training. One loop for every trainer: it owns order, augmentation, checkpoints and stopping.
+
+What happens at a step depends on (seed, epoch, step) alone, so on the CPU a run that was killed and resumed ends with
+the very bits of an uninterrupted one. A trainer owns modules, optimizers, schedules and its own backward passes.
+"""
+
+import hashlib
+import json
+import math
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from io import BytesIO
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from sightline.data import Batch, Indexed, Sample, collate
+from sightline.runs import describe, write_bytes, write_text
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+
+Augment: TypeAlias = Callable[[Tensor, torch.Generator], Tensor]
+"""From an image (ch, h, w) in [0, 1] and the only randomness it may use to another such image."""
+
+Metrics: TypeAlias = Mapping[str, float]
+
+PRECISIONS: Mapping[str, Literal["32-true", "bf16-mixed"]] = {"32-true": "32-true", "bf16-mixed": "bf16-mixed"}
+"""What `fit` can use: nothing with loss scaling, whose state a checkpoint would have to carry."""
+
+CHECKPOINT = "checkpoint.pt"
+
+
+@runtime_checkable
+class Trainer(Protocol):
+    """What `fit` drives."""
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """Plain values that must be equal for a checkpoint to fit: the hyper-parameters, the kind of network."""
+        ...
+
+    def setup(self, fabric: "Fabric") -> None:
+        """Wrap modules and optimizers; called once, before all else."""
+        ...
+
+    def epoch(self, number: int, steps: int) -> None:
+        """Enter epoch `number` (from 0) of `steps` steps: set modes and flags; after a resume also in its middle."""
+        ...
+
+    def step(self, batch: Batch) -> Mapping[str, Tensor]:
+        """Learn from one batch, backward passes and optimizer steps included; return scalars, `loss` among them."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return copies of everything that changes: tensors and plain values."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state_dict` returned."""
+        ...
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a training is: in `epoch` of `epochs` (from 0), `step` of `steps` done; the metrics of the last step."""
+
+    epoch: int
+    epochs: int
+    step: int
+    steps: int
+    metrics: Metrics
+
+
+@dataclass(frozen=True)
+class Position:
+    """The next step to do, the sums over the epoch so far, the means of the epochs before."""
+
+    epoch: int = 0
+    step: int = 0
+    sums: Metrics = field(default_factory=dict[str, float])
+    history: tuple[Metrics, ...] = ()
+
+    def after(self, metrics: Metrics, share: float, last: bool) -> "Position":
+        """Return the position after one more step, which saw `share` of the epoch's images."""
+        sums = {name: self.sums.get(name, 0.0) + share * value for name, value in metrics.items()}
+        if last:
+            return Position(self.epoch + 1, 0, {}, (*self.history, sums))
+        return replace(self, step=self.step + 1, sums=sums)
+
+
+def fit(
+    trainer: Trainer,
+    dataset: Indexed[Sample],
+    *,
+    epochs: int,
+    batch: int,
+    seed: int = 0,
+    out: Path | str | None = None,
+    every: int = 200,
+    augment: Augment | None = None,
+    resume: bool = True,
+    report: Callable[[Progress], None] | None = None,
+    precision: str = "32-true",
+    accelerator: str = "auto",
+) -> tuple[Metrics, ...]:
+    """Train for `epochs` epochs and return the mean metrics of each.
+
+    With `out`, a checkpoint is written every `every` steps, after each epoch, and when SIGINT or SIGTERM arrives (after
+    the running step; then the signal takes its usual course; a second one does so at once). A later call with the same
+    `out` goes on from there. The network stays on the device where it was trained.
+
+    Raises:
+        ValueError: numbers out of range, no data, or a checkpoint that is broken or was made with other settings.
+        FloatingPointError: a metric is not finite; `out/nonfinite.json` names the images of that step.
+    """
+    if min(epochs, batch, every) < 1 or len(dataset) == 0:
+        raise ValueError(
+            f"expected epochs, batch and every >= 1 and at least one image, got epochs={epochs}, batch={batch}, "
+            f"every={every} and {len(dataset)} images"
+        )
+    fabric = fabric_of(accelerator, precision)
+    numbers = {"images": len(dataset), "epochs": epochs, "batch": batch, "seed": seed, "precision": precision}
+    settings = {**numbers, "augment": describe(augment), **trainer.settings}
+    folder = None if out is None else Path(out)
+    steps, entered = math.ceil(len(dataset) / batch), -1
+    with own_randomness(fabric.device), held_signals() as received:
+        reseed(fabric.device, "setup", seed)
+        trainer.setup(fabric)
+        at = read_checkpoint(folder, trainer, settings) if resume else Position()
+        for epoch, step, indices in walk(at, len(dataset), epochs=epochs, batch=batch, seed=seed):
+            if epoch != entered:
+                trainer.epoch(epoch, steps)
+                entered = epoch
+            samples = [varied(dataset[i], augment, generator("augment", seed, epoch, i)) for i in indices]
+            reseed(fabric.device, "step", seed, epoch, step)
+            found = trainer.step(collate(samples).to(fabric.device))
+            metrics = {name: float(value) for name, value in found.items()}
+            check_finite(metrics, folder, epoch=epoch, step=step, ids=[sample.id for sample in samples])
+            at = at.after(metrics, len(indices) / len(dataset), step + 1 == steps)
+            if report is not None:
+                report(Progress(epoch, epochs, step + 1, steps, metrics))
+            if received or at.step % every == 0:
+                write_checkpoint(folder, trainer, settings, at)
+            if received:
+                break
+    if received:
+        signal.raise_signal(received[0])
+        raise KeyboardInterrupt(f"training stopped by signal {received[0]}")
+    return at.history
+
+
+def fabric_of(accelerator: str, precision: str) -> "Fabric":
+    """Return what moves modules and data to one device; its import takes seconds.
+
+    Raises:
+        ValueError: a precision that `fit` cannot use.
+    """
+    from lightning_fabric import Fabric
+
+    if precision not in PRECISIONS:
+        raise ValueError(f"expected precision to be one of {', '.join(PRECISIONS)}, got {precision!r}")
+    return Fabric(accelerator=accelerator, devices=1, precision=PRECISIONS[precision])
+
+
+def walk(at: Position, images: int, *, epochs: int, batch: int, seed: int) -> Iterator[tuple[int, int, Sequence[int]]]:
+    """Yield epoch, step and the images of the step, from a position on; every image once an epoch."""
+    for epoch in range(at.epoch, epochs):
+        order: list[int] = torch.randperm(images, generator=generator("order", seed, epoch)).tolist()
+        first = at.step if epoch == at.epoch else 0
+        for step in range(first, math.ceil(images / batch)):
+            yield epoch, step, order[step * batch : (step + 1) * batch]
+
+
+def varied(sample: Sample, augment: Augment | None, randomness: torch.Generator) -> Sample:
+    """Return the sample with an augmented image, and without its geometry, which holds no longer."""
+    if augment is None:
+        return sample
+    return Sample(sample.id, augment(sample.image, randomness), sample.label, sample.labels)
+
+
+def generator(*key: str | int) -> torch.Generator:
+    """Return a generator on the CPU whose sequence depends on the key alone."""
+    return torch.Generator().manual_seed(seed_of(key))
+
+
+def seed_of(key: tuple[str | int, ...]) -> int:
+    """Return a number below 2^63 for a key, the same on every machine."""
+    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "big") >> 1
+
+
+def reseed(device: torch.device, *key: str | int) -> None:
+    """Seed the randomness that modules such as dropout draw from, inside `own_randomness`."""
+    torch.default_generator.manual_seed(seed_of(key))
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed_of(key))
+
+
+@contextmanager
+def own_randomness(device: torch.device) -> Iterator[None]:
+    """Give the caller's global random state back at the end."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        yield
+
+
+@contextmanager
+def held_signals() -> Iterator[list[int]]:
+    """Collect SIGINT and SIGTERM in a list while inside; the second one takes its usual course at once.
+
+    Outside the main thread, which alone receives signals, nothing is held.
+    """
+    received: list[int] = []
+    held = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+    usual = {number: signal.getsignal(number) or signal.SIG_DFL for number in held}
+    usual = {number: handler for number, handler in usual.items() if handler is not signal.SIG_IGN}
+
+    def restore() -> None:
+        for number, handler in usual.items():
+            signal.signal(number, handler)
+
+    def note(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        if len(received) > 1:
+            restore()
+            signal.raise_signal(number)
+
+    try:
+        for number in usual:
+            signal.signal(number, note)
+        yield received
+    finally:
+        restore()
+
+
+def check_finite(metrics: Metrics, folder: Path | None, *, epoch: int, step: int, ids: Sequence[str]) -> None:
+    """Stop where a metric is NaN or infinite, and keep what led there in `nonfinite.json`.
+
+    Raises:
+        FloatingPointError: it is.
+    """
+    if all(math.isfinite(value) for value in metrics.values()):
+        return
+    shown = {name: str(value) for name, value in metrics.items()}
+    named = f"its images are {', '.join(ids[:4])}{' ...' if len(ids) > 4 else ''}"
+    if folder is not None:
+        table = {"epoch": epoch, "step": step, "ids": list(ids), "metrics": shown}
+        named = f"its images are listed in {write_text(folder / 'nonfinite.json', json.dumps(table, indent=1))}"
+    values = ", ".join(f"{name} = {value}" for name, value in shown.items())
+    raise FloatingPointError(
+        f"training is not finite at epoch {epoch}, step {step}: {values}; {named}; "
+        "lower the learning rate, lengthen the warm-up, or look at these images"
+    )
+
+
+def write_checkpoint(folder: Path | None, trainer: Trainer, settings: Mapping[str, Any], at: Position) -> None:
+    """Write the checkpoint atomically; without a folder do nothing."""
+    if folder is not None:
+        content = BytesIO()
+        torch.save({"settings": dict(settings), "at": asdict(at), "trainer": trainer.state_dict()}, content)
+        write_bytes(folder / CHECKPOINT, content.getvalue())
+
+
+def read_checkpoint(folder: Path | None, trainer: Trainer, settings: Mapping[str, Any]) -> Position:
+    """Load the folder's checkpoint into the trainer and return its position; where there is none, the start.
+
+    Raises:
+        ValueError: a broken checkpoint, or one of other settings.
+    """
+    if folder is None or not (path := folder / CHECKPOINT).exists():
+        return Position()
+    content = BytesIO(path.read_bytes())
+    try:
+        state = torch.load(content, map_location="cpu", weights_only=True)
+        made, at, learned = state["settings"], Position(**state["at"]), state["trainer"]
+    except Exception as error:  # what an unpickler raises on broken bytes is not specified
+        raise ValueError(f"{path} is no checkpoint of ours ({error}); delete it, or pass resume=False") from error
+    names = sorted({*made, *settings})
+    if changed := [name for name in names if made.get(name) != settings.get(name)]:
+        told = ", ".join(f"{name} was {made.get(name)!r} and is {settings.get(name)!r}" for name in changed)
+        raise ValueError(
+            f"{path} belongs to another training: {told}; use its settings, another folder, or resume=False"
+        )
+    trainer.load_state_dict(learned)
+    return at
+
+
+class Remembered:
+    """A data set that reads every sample once: id, image and label stay in memory, geometry does not.
+
+    An image that 8 bits hold exactly is kept in 8 bits, any other as it is; what comes out is equal to what went in.
+    """
+
+    def __init__(self, dataset: Indexed[Sample]) -> None:
+        self.dataset = dataset
+        self.kept: dict[int, tuple[str, Tensor, int | None, Tensor | None]] = {}
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int, /) -> Sample:
+        if index not in self.kept:
+            sample = self.dataset[index]
+            self.kept[index] = sample.id, pack(sample.image), sample.label, sample.labels
+        id_, image, label, labels = self.kept[index]
+        return Sample(id_, image / 255 if image.dtype == torch.uint8 else image, label, labels)
+
+
+def remember(dataset: Indexed[Sample]) -> Indexed[Sample]:
+    """Read every sample of `dataset` at most once; see `Remembered`."""
+    return Remembered(dataset)
+
+
+def pack(image: Tensor) -> Tensor:
+    """Return the image in 8 bits where that loses nothing, else the image."""
+    bits = (image * 255).round().clamp(0, 255).to(torch.uint8)
+    return bits if image.dtype == torch.float32 and torch.equal(bits / 255, image) else image

@@ -1,0 +1,135 @@
+"""Sums over a data set: against numpy in float64, in any order, and joined as torchmetrics joins processes."""
+
+import numpy as np
+import pytest
+import torch
+
+from sightline.accumulate import Accumulate
+from sightline.metrics import Measure
+
+
+def nothing(case):
+    raise AssertionError("the measure itself is not called here")
+
+
+def measure(**settings):
+    return Measure(nothing, True, **settings)
+
+
+def numbers(count, width=1, seed=0):
+    return torch.from_numpy(np.random.default_rng(seed).normal(50, 20, (count, width)))
+
+
+def filled(one, values, batches):
+    sums = Accumulate(one)
+    for batch in batches:
+        sums.update(values[batch], torch.tensor(batch))
+    return sums
+
+
+def outcome(sums):
+    return tuple(part.reshape(-1) for part in sums.compute())
+
+
+def test_mean_and_numbers_of_each_image():
+    values = numbers(10)
+    mean, per_image = outcome(filled(measure(), values, [[0, 1, 2], [3], [4, 5, 6, 7, 8, 9]]))
+    assert mean.dtype == per_image.dtype == torch.float64
+    assert mean.item() == pytest.approx(np.mean(values.numpy()), rel=1e-15)
+    assert per_image.tolist() == values[:, 0].tolist()
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 100])
+def test_batch_size_does_not_matter(size):
+    values = numbers(23, seed=size)
+    batches = [list(range(start, min(start + size, 23))) for start in range(0, 23, size)]
+    mean, per_image = outcome(filled(measure(), values, batches))
+    assert mean.item() == pytest.approx(values.mean().item(), rel=1e-14)
+    assert torch.equal(per_image, values[:, 0])
+
+
+def test_images_come_out_in_the_order_of_the_data_whatever_came_first():
+    values = numbers(6)
+    per_image = outcome(filled(measure(), values, [[5, 2], [0], [4, 1, 3]]))[1]
+    assert torch.equal(per_image, values[:, 0])
+
+
+def test_float32_numbers_are_summed_in_double():
+    values = torch.full((1000, 1), 0.1, dtype=torch.float32)
+    for batches in ([[i] for i in range(1000)], [list(range(1000))]):
+        mean = outcome(filled(measure(), values, batches))[0]
+        assert mean.item() == pytest.approx(float(np.float32(0.1)), rel=1e-13)
+
+
+def test_one_image_is_still_a_list():
+    mean, per_image = outcome(filled(measure(), numbers(1), [[0]]))
+    assert mean.shape == per_image.shape == (1,)
+
+
+def test_a_curve_is_averaged_point_by_point_and_finished_for_each_image():
+    values = numbers(5, width=4)
+    sums = filled(measure(width=4, finish=lambda curve: curve[..., 0] - curve[..., -1]), values, [[0, 1], [2, 3, 4]])
+    mean, per_image = outcome(sums)
+    assert np.allclose(mean, values.numpy().mean(0), rtol=1e-14)
+    assert torch.allclose(per_image, values[:, 0] - values[:, 3], rtol=1e-14)
+    assert sums.finished(mean).item() == pytest.approx(per_image.mean().item(), rel=1e-12)
+
+
+def test_mean_state_keeps_no_image():
+    values = numbers(6, width=3)
+    sums = filled(measure(width=3, state="mean"), values, [[0, 1, 2], [3, 4, 5]])
+    assert (sums.values, sums.places) == ([], [])
+    mean, per_image = outcome(sums)
+    assert np.allclose(mean, values.numpy().mean(0), rtol=1e-14)
+    assert per_image.tolist() == []
+
+
+def test_reset_forgets():
+    values = numbers(4)
+    sums = filled(measure(), values, [[0, 1, 2, 3]])
+    outcome(sums)
+    sums.reset()
+    sums.update(values[2:3], torch.tensor([0]))
+    mean, per_image = outcome(sums)
+    assert mean.item() == per_image.item() == values[2].item()
+    assert sums.count == 1
+
+
+def test_update_after_compute_counts():
+    values = numbers(4)
+    sums = filled(measure(), values, [[0, 1]])
+    outcome(sums)
+    sums.update(values[2:], torch.tensor([2, 3]))
+    assert outcome(sums)[0].item() == pytest.approx(values.mean().item(), rel=1e-14)
+
+
+def joined(mine, other):
+    """Compute over the states of both the way torchmetrics does between processes: gather each state, sum or cat."""
+    empty = torch.empty(0, dtype=torch.float64)
+    kept = (torch.cat(state) if state else empty for state in (other.values, other.places))
+    waiting = iter([other.total, other.count, *kept])
+    mine.dist_sync_fn = lambda tensor, group=None: [tensor, next(waiting)]
+    mine.distributed_available_fn = lambda: True
+    found = outcome(mine)
+    assert next(waiting, None) is None, "every state was gathered"
+    return found
+
+
+@pytest.mark.parametrize("state", ["per_image", "mean"])
+@pytest.mark.parametrize("width", [1, 3])
+@pytest.mark.parametrize("theirs", [[[1, 3, 5]], []])
+def test_two_processes_give_the_numbers_of_one(state, width, theirs):
+    values = numbers(7, width)
+    one = measure(state=state, width=width, finish=lambda v: v if width == 1 else v.sum(-1))
+    mine = [[0, 2], [4, 6]] if theirs else [[6, 0, 2], [5, 4, 1, 3]]
+    alone = outcome(filled(one, values, [list(range(7))]))
+    for part, whole in zip(joined(*(filled(one, values, part) for part in (mine, theirs))), alone, strict=True):
+        assert torch.allclose(part, whole, rtol=1e-14)
+
+
+def test_nothing_added():
+    with (
+        pytest.warns(UserWarning, match="before the ``update`` method"),
+        pytest.raises(ValueError, match="no image was measured; the data set is empty"),
+    ):
+        Accumulate(measure()).compute()

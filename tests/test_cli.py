@@ -1,0 +1,245 @@
+"""The command line as its user meets it: real arguments, exit codes, files, one helpful sentence."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from sightline.cli import main
+from sightline.runs import Run
+
+MODEL = "mini_resnet?classes=20"
+DATA = "creatures?count=6"
+
+
+@pytest.fixture
+def photo(tmp_path: Path) -> Path:
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
+    path = tmp_path / "photo.png"
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+def call(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    """Run the command line here; return exit code, output and messages."""
+    code = 0
+    try:
+        main([str(argument) for argument in arguments])
+    except SystemExit as end:
+        code = int(end.code or 0)
+    said = capsys.readouterr()
+    return code, said.out, said.err
+
+
+def test_help_names_every_command_and_imports_no_torch():
+    probe = (
+        "import sys\nfrom sightline.cli import main\n"
+        "try: main({arguments})\nexcept SystemExit: pass\nprint('torch' in sys.modules)"
+    )
+    for arguments in (["--help"], ["evaluate", "--help"], ["list", "methods"]):
+        code = probe.format(arguments=arguments)
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        assert done.stdout.splitlines()[-1] == "False"
+        if arguments == ["--help"]:
+            assert all(name in done.stdout for name in ("list", "explain", "evaluate", "train", "report"))
+
+
+def test_list_shows_every_method_and_metric(capsys: pytest.CaptureFixture[str]):
+    from sightline.methods import METHODS
+    from sightline.metrics import METRICS
+
+    code, out, _ = call(capsys, "list")
+    assert code == 0
+    assert all(name in out for name in [*METHODS, *METRICS, "creatures", "mnist", "mini_vit"])
+    assert "average_drop" not in call(capsys, "list", "methods")[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["explain", "nofile.png"], "no picture nofile.png"),
+        (["explain", "PHOTO", "--method", "grad_can"], "no method called 'grad_can'; did you mean grad_cam"),
+        (["explain", "PHOTO", "--model", MODEL, "--target", "20"], "label 20 is outside 0..19"),
+        (
+            ["explain", "PHOTO", "--method", "opti_cam", "--set", "stps=3"],
+            "no setting called 'stps'; did you mean steps?",
+        ),
+        (["explain", "PHOTO", "--method", "opti_cam", "--set", "steps=many"], "steps: expected int, got 'many'"),
+        (["explain", "PHOTO", "--set", "steps"], "expected --set key=value, got 'steps'"),
+        (["explain", "PHOTO", "--model", MODEL, "--layer", "layer5"], "did you mean layer4"),
+        (["explain", "PHOTO", "--model", MODEL, "--resize", "stretch"], "stretch"),
+        (["explain"], "Missing argument 'IMAGE...'; see `sightline explain --help`"),
+        (["evaluate", "--metric", "insertin"], "no metric called 'insertin'; did you mean insertion"),
+        (["evaluate", "--data", "creatures?split=tset", "--model", MODEL], "did you mean test?"),
+        (["evaluate", "--data", "mnist", "--model", MODEL], "mnist needs root="),
+        (["evaluate", "nospec.toml"], "no file nospec.toml"),
+        (["evaluate", "--images", "-3"], "-3 is not in the range x>=0; see `sightline evaluate --help`"),
+        (["report", "EMPTY"], "no run in"),
+        (
+            ["train", "classifier", "--data", "creaturs", "--out", "x"],
+            "no dataset called 'creaturs'; did you mean creatures?",
+        ),
+        (["nonsense"], "No such command 'nonsense'; see `sightline --help`"),
+    ],
+)
+def test_bad_arguments_exit_with_two_and_one_sentence(
+    capsys: pytest.CaptureFixture[str],
+    photo: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    sentence: str,
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    places = {"PHOTO": str(photo), "EMPTY": str(tmp_path / "empty")}
+    code, _, err = call(capsys, *[places.get(argument, argument) for argument in arguments])
+    assert code == 2
+    said = [line for line in err.splitlines() if line.startswith("sightline: ")]
+    assert len(said) == 1
+    assert sentence in said[0]
+    assert "Traceback" not in err
+
+
+def test_explain_writes_overlay_map_record_and_sheet(capsys: pytest.CaptureFixture[str], photo: Path, tmp_path: Path):
+    out = tmp_path / "out"
+    options = ["--model", MODEL, "--method", "grad_cam", "--method", "opti_cam?steps=2", "--target", "3", "--out", out]
+    code, told, _ = call(capsys, "explain", photo, *options)
+    assert code == 0
+    record = json.loads((out / "photo-opti_cam.json").read_text())
+    assert record["label"] == 3
+    assert record["arguments"]["steps"] == 2
+    assert record["arguments"]["erase"] == "black"
+    assert (record["layer"], record["size"], record["resize"]) == ("layer4", [64, 64], "direct")
+    assert record["model"] == MODEL
+    assert f"{record['probability']:.1%}" in told
+    assert np.load(out / "photo-opti_cam.npy").shape == (4, 4)
+    assert Image.open(out / "photo-opti_cam.png").size == (60, 40)
+    assert (out / "sheet.png").exists()
+
+
+def test_broken_pictures_are_skipped_and_counted(capsys: pytest.CaptureFixture[str], photo: Path, tmp_path: Path):
+    (tmp_path / "broken.jpg").write_bytes(b"not a picture")
+    (tmp_path / "empty.png").write_bytes(b"")
+    code, out, err = call(capsys, "explain", tmp_path, "--model", MODEL, "--out", tmp_path / "out")
+    assert code == 0
+    assert "2 skipped" in out
+    assert "broken.jpg" in err
+    assert "empty.png" in err
+    assert (tmp_path / "out" / "photo-grad_cam.png").exists()
+
+
+def test_only_broken_pictures_are_an_error(capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    (tmp_path / "broken.jpg").write_bytes(b"not a picture")
+    code, _, err = call(capsys, "explain", tmp_path / "broken.jpg", "--model", MODEL, "--out", tmp_path / "out")
+    assert code == 2
+    assert "none of the 1 pictures could be read" in err
+
+
+def evaluate(capsys: pytest.CaptureFixture[str], out: Path, *more: object) -> tuple[int, str, str]:
+    chosen = ["--method", "grad_cam", "--method", "center", "--metric", "average_gain", "--metric", "insertion?steps=4"]
+    return call(capsys, "evaluate", "--model", MODEL, "--data", DATA, *chosen, "--out", out, *more)
+
+
+def test_evaluate_writes_runs_tables_and_a_page_and_keeps_what_is_done(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+):
+    out = tmp_path / "out"
+    code, told, _ = evaluate(capsys, out)
+    assert code == 0
+    assert "insertion(steps=4)" in told
+    made = Run.read(out / "grad_cam.json")
+    assert len(made.scores.ids) == 6
+    assert made.arguments["metrics"]["insertion(steps=4)"]["erase"] == "rise"
+    assert f"{made.scores['insertion'].value:.6f}"[:6] in (out / "table.csv").read_text()
+    assert (out / "table.md").read_text().count("\n| ") >= 3
+    assert all((out / files["image"]).exists() for files in made.pictures.values())
+
+    before = (out / "grad_cam.json").stat().st_mtime_ns
+    _, _, err = evaluate(capsys, out)
+    assert err.count("kept") == 2
+    assert (out / "grad_cam.json").stat().st_mtime_ns == before
+    _, _, err = evaluate(capsys, out, "--again")
+    assert "kept" not in err
+
+    code, told, _ = call(capsys, "report", out, "--out", tmp_path / "page.html", "--title", "A title")
+    assert code == 0
+    page = (tmp_path / "page.html").read_text()
+    assert told.strip() == str(tmp_path / "page.html")
+    assert "A title" in page
+    assert "grad_cam" in page
+
+
+def test_evaluate_reads_a_specification_and_options_win(capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    spec = tmp_path / "spec.toml"
+    spec.write_text(
+        f'model = "{MODEL}"\ndata = {{name = "creatures", count = 4}}\nmethod = ["center", "edge"]\n'
+        'metrics = [{name = "deletion", steps = 2}]\nbatch = 2\n'
+    )
+    code, _, _ = call(capsys, "evaluate", spec, "--images", 3, "--out", tmp_path / "out")
+    assert code == 0
+    made = Run.read(tmp_path / "out" / "edge.json")
+    assert (made.spec.images, made.spec.batch, len(made.scores.ids)) == (3, 2, 3)
+    assert sorted(path.stem for path in (tmp_path / "out").glob("*.json")) == ["center", "edge"]
+
+
+def test_ctrl_c_keeps_what_was_finished(tmp_path: Path):
+    """The first method finishes at once, the second would take minutes; Ctrl-C in between leaves the first."""
+    out = tmp_path / "out"
+    slow = "opti_cam?steps=100000"
+    command = [sys.executable, "-m", "sightline", "evaluate", "--model", MODEL, "--data", DATA, "--out", str(out)]
+    command += ["--method", "center", "--method", slow, "--metric", "average_gain"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not (out / "center.json").exists() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "what was finished is kept" in err
+    assert Run.read(out / "center.json").scores.ids
+    assert not list(out.glob("opti_cam*.json"))
+
+
+def test_train_evaluate_and_explain_with_the_trained_file(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, photo: Path
+):
+    colors = {"red": (220, 30, 30), "blue": (30, 30, 220)}
+    noise = np.random.default_rng(0)
+    for name, color in colors.items():
+        for index in range(12):
+            pixels = np.clip(np.array(color) + noise.normal(0, 25, (32, 32, 3)), 0, 255).astype(np.uint8)
+            folder = tmp_path / "data" / name
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(folder / f"{index}.png")
+    data = f"folder?root={tmp_path / 'data'}"
+    small = ["--model", "mini_resnet?size=32", "--epochs", "4", "--set", "batch=8", "--set", "warmup=0"]
+    options = ["--test", data, "--out", tmp_path / "net", *small]
+    code, told, err = call(capsys, "train", "classifier", "--data", data, *options)
+    assert code == 0, err
+    manifest = json.loads((tmp_path / "net" / "classifier.json").read_text())
+    assert manifest["classes"] == ["blue", "red"]
+    assert manifest["extra"]["test"]["accuracy"] == 1.0
+    assert "accuracy 100.00%" in told
+    weights = tmp_path / "net" / "classifier.safetensors"
+    code, told, _ = call(capsys, "explain", photo, "--model", weights, "--target", "red", "--out", tmp_path / "out")
+    assert code == 0
+    assert "red" in told
+    code, _, _ = call(
+        capsys, "evaluate", "--model", weights, "--data", data, "--metric", "average_drop", "--out", tmp_path / "e"
+    )
+    assert Run.read(tmp_path / "e" / "grad_cam.json").scores.accuracy == 1.0
+
+
+def test_debug_shows_the_traceback(photo: Path):
+    command = [sys.executable, "-m", "sightline", "explain", str(photo), "--method", "grad_can"]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "SIGHTLINE_DEBUG": "1"})
+    assert "Traceback" in done.stderr

@@ -1,0 +1,259 @@
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+from torchvision.ops import Permute, SqueezeExcitation
+
+from sightline.classifier import wrap
+from sightline.layers import Tokens, alike, channels_first, channels_last
+from sightline.models import MiniResNet, MiniVGG, MiniViT
+
+CLASSES = 7
+zoo = torchvision.models
+
+
+def local(model):
+    """Let each cell see mostly its own patch: the middle of each kernel counts most, gates pass everything alike.
+
+    Layers, strides and grids stay; only weights change, so that few images show where a cell looks.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d) and module.stride != module.kernel_size:
+            taps = torch.full(module.kernel_size, 0.3)
+            taps[module.kernel_size[0] // 2, module.kernel_size[1] // 2] = 1
+            module.weight.data *= taps
+        if isinstance(module, SqueezeExcitation):
+            module.fc2.weight.data.zero_()
+    return model
+
+
+NETWORKS = {
+    "resnet18": (lambda: zoo.resnet18(num_classes=CLASSES), "layer4", (128, 224), 32),
+    "resnet50": (lambda: zoo.resnet50(num_classes=CLASSES), "layer4", (128, 224), 32),
+    "vgg16_bn": (lambda: zoo.vgg16_bn(num_classes=CLASSES, init_weights=False), "features.42", (64, 112), 16),
+    "densenet121": (lambda: zoo.densenet121(num_classes=CLASSES), "features", (128, 224), 32),
+    "mobilenet_v3_small": (lambda: zoo.mobilenet_v3_small(num_classes=CLASSES), "features", (128, 224), 32),
+    "efficientnet_b0": (lambda: zoo.efficientnet_b0(num_classes=CLASSES), "features", (128, 224), 32),
+    "convnext_tiny": (lambda: zoo.convnext_tiny(num_classes=CLASSES), "features", (128, 224), 32),
+    "vit_b_16": (
+        lambda: zoo.vit_b_16(num_classes=CLASSES, image_size=96),
+        "encoder.layers.encoder_layer_11.ln_1",
+        (96, 96),
+        16,
+    ),
+    "swin_t": (lambda: zoo.swin_t(num_classes=CLASSES), "permute", (128, 224), 32),
+    "MiniResNet": (lambda: MiniResNet(CLASSES), "layer4", (64, 112), 16),
+    "MiniResNet, last stride 1": (lambda: MiniResNet(CLASSES, last_stride=1), "layer4", (32, 56), 8),
+    "MiniVGG": (lambda: MiniVGG(CLASSES), "features.33", (64, 112), 16),
+    "MiniViT": (lambda: MiniViT(CLASSES), "blocks.5.norm1", (32, 56), 8),
+}
+
+
+def changes(classifier, x, row, column, patch):
+    """Return, cell by cell, how much the features change when a square of the image does.
+
+    Its side is one and a half cells: it holds the middle of two by two cells, wherever in a cell the strides put it.
+    """
+    rows, columns = (slice(first * patch, first * patch + 3 * patch // 2) for first in (row, column))
+    changed = x.clone()
+    changed[:, :, rows, columns] = 1 - changed[:, :, rows, columns]
+    return (classifier.features(changed) - classifier.features(x)).abs().sum((0, 1))
+
+
+def assert_grid_is_right(classifier, patch):
+    """Change one patch of the image: the cells that change most lie there; in three corners, so that no transposed,
+    scrambled or shifted grid passes."""
+    h, w = classifier.size
+    x = torch.rand(1, 3, h, w, generator=torch.Generator().manual_seed(5))
+    i, j = classifier.features(x).shape[2:]
+    assert (i, j) == (h // patch, w // patch)
+    for row, column in ((0, j - 2), (i - 2, 0), (i // 2, j // 3)):
+        change = changes(classifier, x, row, column, patch)
+        inside = torch.zeros(i, j, dtype=torch.bool)
+        inside[row : row + 2, column : column + 2] = True
+        assert inside.flatten()[change.argmax()], (row, column, change)
+        assert change[inside].mean() > 1.5 * change[~inside].mean()
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_last_layer_on_the_image_is_found_and_its_grid_is_right(name, seeded):
+    make, layer, size, patch = NETWORKS[name]
+    model = seeded(lambda: local(make()), seed=6, dtype=torch.float32)
+    classifier = wrap(model, normalization="imagenet", size=None if size[0] == size[1] else size)
+    assert classifier.layer == layer
+    assert classifier.size == size
+    assert classifier(torch.zeros(1, 3, *size)).shape == (1, CLASSES)
+    assert_grid_is_right(classifier, patch)
+
+
+def timm_model(name, **settings):
+    timm = pytest.importorskip("timm", reason="timm is not installed")
+    return timm.create_model(name, num_classes=CLASSES, **settings)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "layer", "prefix"),
+    [
+        ("deit_tiny_distilled_patch16_224", {"img_size": 64, "depth": 2}, "blocks.1.norm1", 2),
+        ("vit_tiny_patch16_224", {"img_size": (64, 96), "depth": 2}, "blocks.1.norm1", 1),
+        ("vit_small_patch14_reg4_dinov2", {"img_size": (56, 84), "depth": 2}, "blocks.1.norm1", 5),
+    ],
+)
+def test_tokens_before_the_patches_are_dropped(name, settings, layer, prefix, seeded):
+    model = seeded(lambda: timm_model(name, **settings))
+    classifier = wrap(model, size=settings["img_size"])
+    assert classifier.mean == pytest.approx(model.pretrained_cfg["mean"])
+    assert (classifier.layer, classifier.to_grid.prefix) == (layer, prefix)
+    assert_grid_is_right(classifier, classifier.to_grid.patch[0])
+
+
+def test_swin_of_timm_has_its_channels_last(seeded):
+    model = seeded(
+        lambda: timm_model("swin_tiny_patch4_window7_224", img_size=(64, 96), depths=(1, 1, 1, 1), window_size=2)
+    )
+    classifier = wrap(model, size=(64, 96))
+    assert classifier.to_grid is channels_last
+    assert_grid_is_right(classifier, 32)
+
+
+def test_tokens_and_their_grid_are_a_round_trip():
+    x = torch.zeros(2, 3, 24, 40)
+    grid = torch.rand(2, 6, 3, 5)
+    others = torch.rand(2, 4, 6)
+    output = torch.stack(
+        [torch.cat([others[b], torch.stack([grid[b, :, i, j] for i in range(3) for j in range(5)])]) for b in range(2)]
+    )
+    assert torch.equal(Tokens(4, (8, 8))(output, x), grid)
+
+
+def test_channels_first_and_last():
+    x, output = torch.zeros(1, 3, 8, 12), torch.rand(1, 2, 3, 5)
+    assert torch.equal(channels_first(output, x), output)
+    assert channels_last(output, x)[0, 4, 1, 2] == output[0, 1, 2, 4]
+
+
+@pytest.mark.parametrize(
+    ("cells", "size", "expected"),
+    [((7, 7), (224, 224), True), ((6, 10), (96, 160), True), ((10, 6), (96, 160), False), ((3, 4), (75, 100), True)],
+)
+def test_a_grid_has_the_shape_of_the_image(cells, size, expected):
+    assert alike(*cells, torch.zeros(1, 3, *size)) is expected
+    assert not alike(size[0] + 1, size[1] + 1, torch.zeros(1, 3, *size))
+
+
+def test_a_layer_may_be_a_module_or_a_dotted_name(pooled, x):
+    stem = pooled.model.stem
+    for given, name in (("stem.2", "stem.2"), (stem[2], "stem.2"), ("stem", "stem"), (stem, "stem")):
+        found = wrap(pooled.model, layer=given, normalization="none", size=(24, 32))
+        assert found.layer == pooled.at(given).layer == name
+        assert torch.equal(found.features(x), stem(x))
+        assert torch.equal(pooled.at(given).features(x), stem(pooled.normalize(x)))
+    assert pooled.layer == "last"
+
+
+def test_a_layer_with_two_names_is_found_by_either(pooled, x):
+    pooled.model.alias = pooled.model.stem
+    assert pooled.at("alias").layer == "stem"
+    assert torch.equal(pooled.at("alias").features(x), pooled.at("stem").features(x))
+
+
+@pytest.mark.parametrize(
+    ("layer", "error", "message"),
+    [
+        (
+            "pool",
+            ValueError,
+            r"layer 'pool' gives one cell, shape \(2, 6, 1, 1\): it lies behind the pooling; use 'last'",
+        ),
+        ("head", ValueError, r"layer 'head' gives shape \(2, 5\), which is no map of more than one cell; use 'last'"),
+        ("unused", ValueError, "layer 'unused' did not run in the forward pass; use 'last'"),
+        ("stemm", LookupError, "no layer called 'stemm'; did you mean stem"),
+    ],
+)
+def test_an_unusable_layer_is_an_error_that_names_a_better_one(layer, error, message, pooled):
+    pooled.model.unused = nn.Conv2d(3, 3, 1)
+    for choose in (
+        lambda: wrap(pooled.model, layer=layer, normalization="none", size=(24, 32)),
+        lambda: pooled.at(layer),
+    ):
+        with pytest.raises(error, match=message):
+            choose()
+
+
+def test_a_layer_whose_cells_reach_no_logit_is_an_error(seeded, networks):
+    model = seeded(networks.tokens, seed=3)
+    with pytest.raises(ValueError, match="'norm' gets no gradient: its cells do not reach the logits; use 'norm1'"):
+        wrap(model, layer="norm", normalization="none", size=(24, 32))
+    vit = seeded(lambda: zoo.VisionTransformer(32, 16, 2, 2, 8, 16, num_classes=CLASSES))
+    with pytest.raises(ValueError, match=r"'encoder' gets no gradient: .*'encoder\.layers\.encoder_layer_1\.ln_1'"):
+        wrap(vit, layer="encoder", normalization="none")
+
+
+def test_a_module_of_another_network_is_an_error(pooled):
+    with pytest.raises(LookupError, match="the layer Sequential is not inside Pooled"):
+        pooled.at(copy.deepcopy(pooled.model).stem)
+
+
+def test_a_network_without_a_map_is_an_error():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 4))
+    with pytest.raises(ValueError, match="Sequential has no layer whose output lies on the image"):
+        wrap(model, normalization="none", size=8)
+
+
+def test_a_zero_head_hides_no_layer(seeded, networks):
+    model = seeded(networks.pooled, seed=1)
+    nn.init.zeros_(model.head.weight)
+    assert wrap(model, normalization="none", size=(24, 32)).layer == "last"
+
+
+def test_a_pool_that_ends_the_features_is_passed_over(seeded):
+    model = seeded(MiniVGG, CLASSES, widths=(4, 4, 4, 4, 4))
+    found = wrap(model, normalization="none", size=(64, 96))
+    assert found.layer == "features.33"
+    assert found.features(torch.rand(1, 3, 64, 96)).shape == (1, 4, 4, 6)
+    assert found.at("features").features(torch.rand(1, 3, 64, 96)).shape == (1, 4, 2, 3)
+
+
+class ChannelsLast(nn.Module):
+    """Ends with its channels last, as many as the map has columns."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 4, 4)
+        self.permute = Permute([0, 2, 3, 1])
+        self.norm = nn.LayerNorm(8)
+        self.head = nn.Linear(8, CLASSES)
+
+    def forward(self, x):
+        return self.head(self.norm(self.permute(self.conv(x))).mean((1, 2)))
+
+
+def test_a_layer_norm_says_where_the_channels_are(seeded):
+    classifier = wrap(seeded(ChannelsLast), normalization="none", size=32)
+    assert classifier.layer == "norm"
+    assert classifier.to_grid is channels_last
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_wrapping_works_in_every_gradient_mode_and_leaves_no_trace(mode, pooled, trace, plain):
+    pooled.model.train()
+    changed = trace(pooled.model)
+    with mode():
+        assert wrap(pooled.model, normalization="none", size=(24, 32)).layer == "last"
+        assert pooled.at("stem").layer == "stem"
+        with pytest.raises(ValueError, match="use 'last'"):
+            pooled.at("pool")
+    assert changed() == []
+
+
+def test_the_grid_follows_the_size_of_the_image(tokens):
+    for h, w in ((24, 32), (32, 24), (16, 64)):
+        assert tokens.features(torch.rand(2, 3, h, w)).shape == (2, 12, h // 8, w // 8)
+
+
+def test_another_grid_can_be_given_by_hand(pooled, x):
+    mirrored = replace(pooled, to_grid=lambda output, x: output.flip(3))
+    assert torch.equal(mirrored.features(x), pooled.features(x).flip(3))

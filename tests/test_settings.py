@@ -1,0 +1,218 @@
+"""Plain data bound to functions: near names, choices and kinds, scores and erasers by name."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import pytest
+import torch
+from torch import nn
+
+from sightline.classifier import SCORES, probability
+from sightline.erase import blur
+from sightline.methods import METHODS
+from sightline.metrics import METRICS
+from sightline.runs import arguments
+from sightline.settings import bind
+
+if TYPE_CHECKING:
+    from decimal import Decimal
+
+
+def sample(
+    x,
+    /,
+    *,
+    steps: int = 10,
+    rate: float = 0.1,
+    keep: bool = False,
+    name: str = "a",
+    mode: Literal["fast", "exact"] = "fast",
+    corners: Literal[4, 8] = 4,
+    limit: float | None = None,
+    either: Literal["all"] | int = "all",
+    size: int | tuple[int, int] = 64,
+    layers: Sequence[str] = (),
+    call: Callable[[int], int] = abs,
+    root: str | Path = ".",
+    free=None,
+    any_kind: Any = None,
+):
+    return locals()
+
+
+def test_settings_reach_the_function():
+    bound = bind(sample, {"steps": 5, "mode": "exact"})
+    assert bound(1) == sample(1, steps=5, mode="exact")
+    assert bind(sample, {}) is sample
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("steps", -3),
+        ("rate", 0.5),
+        ("rate", 1),
+        ("keep", True),
+        ("name", "b"),
+        ("mode", "exact"),
+        ("corners", 8),
+        ("limit", None),
+        ("limit", 2),
+        ("either", "all"),
+        ("either", 7),
+        ("size", 32),
+        ("size", [32, 48]),
+        ("size", (32, 48)),
+        ("layers", ["a", "b"]),
+        ("call", len),
+        ("root", "here"),
+        ("root", Path("here")),
+        ("free", object),
+        ("any_kind", {"a": 1}),
+    ],
+)
+def test_values_that_fit(setting, value):
+    assert bind(sample, {setting: value})(0)[setting] == value
+
+
+@pytest.mark.parametrize(("setting", "kind"), [("rate", float), ("limit", float), ("steps", int), ("size", int)])
+def test_whole_numbers_become_fractions_where_those_are_meant(setting, kind):
+    assert type(bind(sample, {setting: 2})(0)[setting]) is kind
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "expected"),
+    [
+        ("steps", 5.0, "int, got 5.0"),
+        ("steps", "5", "int, got '5'"),
+        ("steps", True, "int, got True"),
+        ("steps", None, "int, got None"),
+        ("rate", "0.5", "float, got '0.5'"),
+        ("rate", False, "float, got False"),
+        ("keep", 1, "bool, got 1"),
+        ("keep", "true", "bool, got 'true'"),
+        ("name", 3, "str, got 3"),
+        ("name", False, "str, got False"),
+        ("mode", 1, "'fast' or 'exact', got 1"),
+        ("corners", "4", "4 or 8, got '4'"),
+        ("corners", True, "4 or 8, got True"),
+        ("limit", "no", "float or None, got 'no'"),
+        ("either", 2.5, "'all' or int, got 2.5"),
+        ("size", "32", "int or a list, got '32'"),
+        ("layers", "stem", "a list, got 'stem'"),
+        ("call", "abs", "a function, got 'abs'"),
+    ],
+)
+def test_values_of_another_kind(setting, value, expected):
+    with pytest.raises(TypeError) as caught:
+        bind(sample, {setting: value})
+    assert str(caught.value) == f"sample: {setting}: expected {expected}"
+
+
+def test_unknown_setting_names_the_near_ones():
+    with pytest.raises(LookupError, match="sample: no setting called 'step'; did you mean steps"):
+        bind(sample, {"step": 5})
+    with pytest.raises(LookupError, match=r"sample: no setting called 'x'; known: .*steps"):
+        bind(sample, {"x": 5})
+    with pytest.raises(LookupError, match="opti_cam: no setting called 'stpes'; did you mean steps"):
+        bind(METHODS["opti_cam"].method, {"stpes": 5})
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "message"),
+    [
+        ("mode", "exacct", "sample: mode: no choice called 'exacct'; did you mean exact?"),
+        ("corners", 5, "sample: corners: no choice called '5'; known: 4, 8"),
+        ("either", "none", "sample: either: no choice called 'none'; known: all"),
+    ],
+)
+def test_unknown_choice_names_the_near_ones(setting, value, message):
+    with pytest.raises(LookupError) as caught:
+        bind(sample, {setting: value})
+    assert str(caught.value) == message
+
+
+def test_score_by_name():
+    grad_cam = METHODS["grad_cam"].method
+    assert bind(grad_cam, {"score": "probability"}).keywords == {"score": probability}
+    assert arguments(bind(grad_cam, {"score": "sigmoid"})) == {"score": "sigmoid"}
+    with pytest.raises(LookupError, match="no score called 'probabilty'; did you mean probability"):
+        bind(grad_cam, {"score": "probabilty"})
+    with pytest.raises(TypeError, match="grad_cam: score: expected a function, got 5"):
+        bind(grad_cam, {"score": 5})
+    assert set(SCORES) == {"logit", "log_probability", "probability", "sigmoid"}
+
+
+def test_erase_by_name_or_table():
+    drop = METRICS["average_drop"].metric
+    assert bind(drop, {"erase": "mean"}).keywords == {"erase": "mean"}
+    assert bind(drop, {"erase": {"name": "rise"}}).keywords == {"erase": "rise"}
+    table = {"name": "blur", "sigma": 2.0, "padding": "zeros"}
+    erase = bind(drop, {"erase": table}).keywords["erase"]
+    x = torch.rand(2, 3, 9, 9, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(erase(x, x[:, :1]), blur(x, x[:, :1], sigma=2.0, padding="zeros"))
+    assert table["name"] == "blur", "the table is left as it was"
+    assert bind(drop, {"erase": blur}).keywords == {"erase": blur}
+
+
+@pytest.mark.parametrize(
+    ("erase", "error", "message"),
+    [
+        ("blakc", LookupError, "no eraser called 'blakc'; did you mean black"),
+        ({"name": "blurr", "sigma": 2}, LookupError, "no eraser called 'blurr'; did you mean blur"),
+        ({"name": "blur", "sigmma": 2}, LookupError, "blur: no setting called 'sigmma'; did you mean sigma"),
+        ({"name": "blur", "sigma": "2"}, TypeError, "blur: sigma: expected float, got '2'"),
+        ({"name": "blur", "padding": "zero"}, LookupError, "padding: no choice called 'zero'; did you mean zeros"),
+        ({"sigma": 2}, ValueError, "expected a table with a name, got {'sigma': 2}"),
+        (5, TypeError, "average_drop: erase: expected str or a function, got 5"),
+    ],
+)
+def test_wrong_erasers(erase, error, message):
+    with pytest.raises(error, match=message):
+        bind(METRICS["average_drop"].metric, {"erase": erase})
+
+
+def test_a_partial_is_bound_further():
+    once = partial(sample, steps=3)
+    twice = bind(once, {"steps": 4, "rate": 2})
+    assert twice(0) == sample(0, steps=4, rate=2)
+    with pytest.raises(LookupError, match="sample: no setting called 'stesp'"):
+        bind(once, {"stesp": 3})
+    with pytest.raises(TypeError, match="sample: rate: expected float, got 'x'"):
+        bind(once, {"rate": "x"})
+
+
+class Trained(nn.Module):
+    def forward(self, x):
+        return x
+
+
+class Object:
+    def __call__(self, x, *, steps: int = 3):
+        return x * steps
+
+
+def relayed(x, **settings):
+    return settings
+
+
+def hidden(x, *, level: "Decimal | None" = None, steps: int = 1):
+    return level, steps
+
+
+def test_functions_that_are_not_ours():
+    assert bind(Object(), {"steps": 2})(5) == 10
+    with pytest.raises(LookupError, match="Object: no setting called 'stop'; did you mean steps"):
+        bind(Object(), {"stop": 2})
+    assert bind(relayed, {"anything": 2})(5) == {"anything": 2}
+    assert bind(hidden, {"level": 2})(5) == (2, 1), "names for type checkers only cannot be read"
+    module = Trained()
+    assert bind(module, {}) is module
+
+
+def test_numbers_are_no_scores_by_accident():
+    for name, entry in METRICS.items():
+        with pytest.raises(LookupError, match=f"{name}: scored: no choice called 'labl'; did you mean label"):
+            bind(entry.metric, {"scored": "labl"})
