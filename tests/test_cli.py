@@ -125,6 +125,27 @@ def test_explain_writes_overlay_map_record_and_sheet(capsys: pytest.CaptureFixtu
     assert (out / "sheet.png").exists()
 
 
+def test_pictures_that_share_a_name_do_not_overwrite_each_other(
+    capsys: pytest.CaptureFixture[str], photo: Path, tmp_path: Path
+):
+    other = tmp_path / "other" / photo.name
+    other.parent.mkdir()
+    Image.new("RGB", (30, 30), (200, 10, 10)).save(other)
+    code, _, _ = call(capsys, "explain", photo, other, "--model", MODEL, "--method", "edge", "--out", tmp_path / "out")
+    assert code == 0
+    assert sorted(path.parent.name for path in (tmp_path / "out").rglob("photo-edge.json")) == ["0", "1"]
+
+
+def test_a_setting_that_explain_has_too_belongs_to_the_method(
+    capsys: pytest.CaptureFixture[str], photo: Path, tmp_path: Path
+):
+    method = "opti_cam?steps=1&normalization=sigmoid"
+    code, _, err = call(capsys, "explain", photo, "--model", MODEL, "--method", method, "--out", tmp_path / "out")
+    assert code == 0, err
+    record = json.loads((tmp_path / "out" / "photo-opti_cam.json").read_text())
+    assert record["arguments"]["normalization"] == "sigmoid"
+
+
 def test_broken_pictures_are_skipped_and_counted(capsys: pytest.CaptureFixture[str], photo: Path, tmp_path: Path):
     (tmp_path / "broken.jpg").write_bytes(b"not a picture")
     (tmp_path / "empty.png").write_bytes(b"")

@@ -38,7 +38,7 @@ def grown(mask: torch.Tensor, radius: int = 1) -> torch.Tensor:
 
 @pytest.fixture(scope="module", params=VARIANTS)
 def shown(request):
-    """A data set of every variant, with a third of its samples at a larger size."""
+    """A data set of every variant, with every third of its first samples."""
     dataset = creatures("val", variant=request.param, size=96, seed=5)
     return dataset, [dataset[index] for index in range(0, 60, 3)]
 
@@ -46,7 +46,7 @@ def shown(request):
 @pytest.fixture(scope="module")
 def plain():
     dataset = creatures("train")
-    return dataset, [dataset[index] for index in range(600)]
+    return dataset, [dataset[index] for index in range(450)]
 
 
 def test_the_distance_to_a_union_of_capsules():
@@ -245,7 +245,7 @@ def test_every_part_of_every_creature_shows_in_the_other_variants(variant):
 
 def test_nine_tenths_of_a_creature_are_in_the_frame():
     dataset = creatures("train")
-    for index in range(80):
+    for index in range(40):
         actor, sample = made._stage(dataset, index).actors[0], dataset[index]
         wide = replace(actor.pose, x=actor.pose.x + 100, y=actor.pose.y + 100)
         layers = drawing.trace([layer.piece for layer in actor.layers], wide, (300, 300))
@@ -289,7 +289,7 @@ def test_the_mark_is_all_that_tells_marked_classes_apart():
 def test_textures_go_with_the_class_at_the_rate():
     for rho in (0.0, 0.7, 1.0):
         dataset = creatures("train", variant="context", rho=rho, count=1000)
-        agree = np.mean([dataset.texture(index) == index % 20 for index in range(600)])
+        agree = np.mean([dataset.texture(index) == index % 20 for index in range(450)])
         assert agree == pytest.approx(rho, abs=0.04)
     assert len({dataset.texture(index) for index in range(20)}) == 20
     with pytest.raises(ValueError, match="only the context variant numbers its textures, this is 'plain'"):
@@ -327,7 +327,7 @@ def test_two_copies_are_equal_halves():
 
 def test_scenes_show_several_classes_that_hide_each_other():
     dataset = creatures("train", variant="scenes", size=96)
-    samples, hidden = [dataset[index] for index in range(40)], 0
+    samples, hidden = [dataset[index] for index in range(25)], 0
     assert {len(sample.boxes) for sample in samples} == {1, 2, 3}
     for index, sample in enumerate(samples):
         assert int(sample.labels.sum()) == len(sample.boxes)
@@ -372,7 +372,7 @@ def assert_is_inside(change: torch.Tensor, differ: torch.Tensor) -> None:
 def test_the_difference_mask_is_what_painting_the_other_class_changes():
     dataset = creatures("val", size=96)
     for distance in (1, 2, 3):
-        for a, b in dataset.close_pairs(distance)[::2]:
+        for a, b in dataset.close_pairs(distance)[::3]:
             for label, other in ((a, b), (b, a)):
                 sample = dataset[label]
                 change = (recolored(dataset, label, {label: other}) - sample.image).abs().amax(0)
@@ -404,17 +404,17 @@ def test_color_histograms_do_not_give_the_class_away(plain):
     cells = (images * 7.999).long()
     codes = (cells[:, 0] * 8 + cells[:, 1]) * 8 + cells[:, 2]
     x = torch.stack([torch.bincount(code.flatten(), minlength=512) for code in codes]).float().div(64 * 64).sqrt()
-    x = torch.cat([(x - x[:400].mean(0)) / (x[:400].std(0) + 1e-3), torch.ones(len(x), 1)], 1)
+    x = torch.cat([(x - x[:300].mean(0)) / (x[:300].std(0) + 1e-3), torch.ones(len(x), 1)], 1)
     weights = torch.zeros(513, 20, requires_grad=True)
     optimizer = torch.optim.LBFGS([weights], max_iter=60, line_search_fn="strong_wolfe")
 
     def loss() -> torch.Tensor:
         optimizer.zero_grad()
-        value = F.cross_entropy(x[:400] @ weights, y[:400]) + 4e-3 * weights.square().sum()
+        value = F.cross_entropy(x[:300] @ weights, y[:300]) + 4e-3 * weights.square().sum()
         value.backward()
         return value
 
     optimizer.step(loss)
     right = (x @ weights).argmax(1) == y
-    assert right[:400].float().mean() > 0.6, "the baseline has learned something"
-    assert 0.1 < right[400:].float().mean() < 0.6
+    assert right[:300].float().mean() > 0.6, "the baseline has learned something"
+    assert 0.1 < right[300:].float().mean() < 0.6

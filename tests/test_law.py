@@ -207,7 +207,7 @@ def test_a_map_does_not_depend_on_its_batch(name, classifier, x, y):
 @every_pair
 def test_the_label_changes_the_map_where_the_entry_says_so(name, classifier, x):
     x = fit(classifier, x)
-    maps = [quick(name)(classifier, x, torch.full((3,), label)) for label in range(5)]
+    maps = [quick(name)(classifier, x, torch.full((3,), label)) for label in range(3)]
     differ = [not torch.allclose(maps[0], other, rtol=1e-4, atol=1e-6) for other in maps[1:]]
     assert all(differ) if METHODS[name].class_specific else not any(differ)
 
@@ -241,7 +241,7 @@ def test_wrong_images_are_an_error(name, pooled, x, plain):
 
 @every_pair
 def test_the_sign_is_what_the_entry_says(name, classifier, x):
-    maps = torch.cat([quick(name)(classifier, fit(classifier, x), torch.full((3,), y)) for y in range(5)])
+    maps = torch.cat([quick(name)(classifier, fit(classifier, x), torch.full((3,), y)) for y in range(3)])
     assert bool((maps < 0).any()) == METHODS[name].signed
 
 

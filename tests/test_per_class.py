@@ -18,7 +18,7 @@ class Net(nn.Module):
         return self.head(self.body(x).mean((2, 3)))
 
 
-@pytest.fixture()
+@pytest.fixture
 def classifier():
     with torch.random.fork_rng():
         torch.manual_seed(0)

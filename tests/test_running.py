@@ -15,7 +15,18 @@ from sightline.evaluation import measure
 from sightline.methods import METHODS, Entry, grad_cam
 from sightline.metrics import average_drop, insertion
 from sightline.models import mini_resnet
-from sightline.running import Relabeled, file_name, labeled, prepare, run, thumbnail, worth_showing
+from sightline.running import (
+    KEPT,
+    Recent,
+    Relabeled,
+    file_name,
+    labeled,
+    named,
+    run,
+    scene,
+    thumbnail,
+    worth_showing,
+)
 from sightline.runs import Choice, Run, Score, Scores, Spec, describe, provenance
 
 TABLE = {
@@ -29,6 +40,11 @@ TABLE = {
 
 def spec(**changes):
     return Spec.of({**TABLE, **changes})
+
+
+def prepare(asked):
+    """Check the names, then open classifier and data, as `run` does."""
+    return *named(asked), scene(asked)
 
 
 def numbers(made):
@@ -50,7 +66,7 @@ def pictures(tmp_path):
 
 
 @pytest.fixture
-def named(tmp_path):
+def network(tmp_path):
     """A network whose classes have names, as a file."""
     built = replace(mini_resnet(3), classes=("wren", "newt", "pip"))
     return str(models.save(built, tmp_path / "named.safetensors", model=Choice("mini_resnet", {"classes": 3})))
@@ -148,11 +164,58 @@ def test_two_settings_of_one_metric():
         run(spec(metrics=[*metrics, metrics[1]]))
 
 
+def test_methods_share_a_scene():
+    asked = [spec(method=name) for name in ("grad_cam", "layer_cam")]
+    shared = scene(asked[0])
+    for one in asked:
+        together, alone = run(one, on=shared), run(one)
+        assert numbers(together) == numbers(alone)
+        assert together.arguments == alone.arguments
+
+
+class Counted:
+    def __init__(self, count):
+        self.count, self.read = count, []
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, index):
+        self.read.append(index)
+        return Sample(f"s{index}", torch.zeros(3, 1, 1), 0)
+
+
+def test_a_scene_keeps_what_was_read_last():
+    data = Counted(KEPT + 10)
+    recent = Recent(data)
+    assert len(recent) == KEPT + 10
+    for _ in range(2):
+        assert [recent[i].id for i in range(5)] == [f"s{i}" for i in range(5)]
+    assert data.read == [0, 1, 2, 3, 4]
+    for i in range(len(recent)):
+        recent[i]
+    recent[len(recent) - 1], recent[0]
+    assert data.read == [*range(KEPT + 10), 0]
+
+
+def test_names_and_settings_are_checked_before_anything_is_opened():
+    nowhere = {"model": "nowhere.safetensors", "data": {"name": "folder", "root": "nowhere"}}
+    for change, message in (
+        ({"method": "grad_cma"}, "no method called"),
+        ({"metrics": [{"name": "insertion", "steps": 0}]}, "expected steps >= 1"),
+        ({"explain": "first"}, "expected explain to be one of"),
+    ):
+        with pytest.raises((LookupError, ValueError), match=message):
+            run(spec(**nowhere, **change))
+    with pytest.raises(FileNotFoundError):
+        run(spec(**nowhere))
+
+
 # Labels
 
 
-def test_classes_meet_by_their_names(named, pictures):
-    made = run(spec(model=named, data=pictures))
+def test_classes_meet_by_their_names(network, pictures):
+    made = run(spec(model=network, data=pictures))
     assert made.scores.labels == (1, 1, 0, 0, 0)
     assert made.classes == ("wren", "newt", "pip")
     by_number = run(spec(model={"name": "mini_resnet", "classes": 3}, data=pictures))
@@ -160,15 +223,15 @@ def test_classes_meet_by_their_names(named, pictures):
     assert by_number.scores.predicted == made.scores.predicted
 
 
-def test_classes_that_the_network_does_not_have(named, pictures, tmp_path):
+def test_classes_that_the_network_does_not_have(network, pictures, tmp_path):
     (tmp_path / "pictures" / "newt").rename(tmp_path / "pictures" / "newts")
     with pytest.raises(ValueError) as caught:  # noqa: PT011
-        run(spec(model=named, data=pictures))
+        run(spec(model=network, data=pictures))
     assert str(caught.value) == (
         "1 classes of the data are none of the classifier's: no class called 'newts'; did you mean newt?; rename the "
         "folders, or read the data without labels (labels=false) and score the predicted class"
     )
-    made = run(spec(model=named, data={**pictures, "labels": False}, metrics=[{"name": "deletion", "steps": 2}]))
+    made = run(spec(model=network, data={**pictures, "labels": False}, metrics=[{"name": "deletion", "steps": 2}]))
     assert made.scores.labels == (None,) * 5
     assert made.scores.accuracy is None
 
@@ -223,7 +286,10 @@ def scores(*columns):
 def test_the_first_the_best_and_the_worst_are_shown():
     rising, peak = range(100), [50 - abs(50 - i) for i in range(100)]
     assert worth_showing(scores(rising)) == [*range(8), 97, 98, 99]
-    assert worth_showing(scores(rising, peak)) == [*range(8), 49, 50, 51, 97, 98, 99]
+    assert worth_showing(scores(rising, peak)) == [*range(8), 97, 98, 99], "by the first metric"
+    other = scores(rising, peak)
+    second = replace(other.scores[1], metric=Choice("insertion", {"steps": 4}))
+    assert worth_showing(replace(other, scores=(other.scores[0], second))) == [*range(8), 49, 50, 51, 99]
     assert worth_showing(scores(range(4))) == [0, 1, 2, 3]
     assert worth_showing(scores([5])) == [0]
     assert worth_showing(replace(scores(rising), scores=(Score(Choice("mean"), 0.0, True),))) == list(range(8))
@@ -318,6 +384,6 @@ OWN = Entry(f"{__name__}:blank", "", signed=True)
 def test_plugins_stand_beside_ours(tmp_path, monkeypatch):
     point = EntryPoint("own", f"{__name__}:OWN", "sightline.methods")
     monkeypatch.setattr(registry, "entry_points", lambda group: [point] if group == point.group else [])
-    assert prepare(spec(method="own")).method is blank
+    assert named(spec(method="own"))[0] is blank
     made = run(spec(method="own", explain="least"), folder=tmp_path)
     assert all("overlay" in kept for kept in made.pictures.values())

@@ -89,11 +89,12 @@ def resolve(choice: Eraser, mean: tuple[float, ...]) -> Erase:
     """
     if not isinstance(choice, str):
         return choice
-    of_mean = {
+    of_mean: dict[str, Erase] = {
         "mean": partial(color, mean=mean),
         "rise": partial(blur, sigma=5.0, padding="zeros", radius=5, around=mean),
     }
-    return find(choice, {**ERASERS, **of_mean}, "erasers")
+    named: Mapping[str, Erase] = {**ERASERS, **of_mean}
+    return find(choice, named, "erasers")
 
 
 def mix(x: Images, mask: Saliency, erase: Erase) -> Images:

@@ -1,7 +1,7 @@
 """Maps. What is done to a saliency map after it is made: resize, scale, smooth, cut into regions."""
 
 import math
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -100,8 +100,8 @@ def binarize(saliency: Saliency, threshold: Values) -> Bool[Tensor, "b 1 i j"]:
 def components(mask: Bool[Tensor, "h w"], *, connectivity: Literal[4, 8] = 4) -> tuple[Tensor, int]:
     """Number the connected regions of a mask from 1 (0 = outside); return the labels and how many there are."""
     structure = ndimage.generate_binary_structure(2, 1 if connectivity == 4 else 2)
-    labels, count = ndimage.label(mask.cpu().numpy(), structure=structure)
-    return torch.from_numpy(labels.astype(np.int64)).to(mask.device), int(count)
+    found: Any = ndimage.label(mask.cpu().numpy(), structure=structure)
+    return torch.from_numpy(found[0].astype(np.int64)).to(mask.device), int(found[1])
 
 
 def largest(mask: Bool[Tensor, "h w"], *, connectivity: Literal[4, 8] = 4) -> Bool[Tensor, "h w"]:

@@ -13,7 +13,7 @@ from sightline import models, viz
 from sightline.classifier import Classifier, Method
 from sightline.data import Dataset, Indexed, Sample, batches
 from sightline.datasets import DATASETS
-from sightline.evaluation import Explain, Log, Subject, device, measure
+from sightline.evaluation import Explain, Log, Subject, check_explain, device, measure
 from sightline.explanation import laid
 from sightline.images import fit
 from sightline.maps import degenerate
@@ -83,11 +83,18 @@ def named(spec: Spec) -> tuple[Method, dict[str, Callable[..., Measure]]]:
     """Return the method and the metrics with their settings: what can be checked before any work is done.
 
     Raises:
-        LookupError, TypeError: an unknown name, or a setting that does not fit.
+        LookupError, TypeError, ValueError: an unknown name, a setting that does not fit, or a metric listed twice.
     """
+    check_explain(spec.explain)
+    listed = [str(metric) for metric in spec.metrics]
+    if twice := [name for name in listed if listed.count(name) > 1]:
+        raise ValueError(f"the metric {twice[0]} is listed twice")
     find(spec.data.name, DATASETS, "datasets")
     method = chosen(find(spec.method.name, METHODS, "methods").method, spec.method, spec.seed)
-    return method, {str(c): chosen(find(c.name, METRICS, "metrics").metric, c, spec.seed) for c in spec.metrics}
+    factories = {str(c): chosen(find(c.name, METRICS, "metrics").metric, c, spec.seed) for c in spec.metrics}
+    for factory in factories.values():
+        factory()
+    return method, factories
 
 
 def chosen(function: Callable[..., T], choice: Choice, seed: int) -> Callable[..., T]:

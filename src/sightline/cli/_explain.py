@@ -8,9 +8,8 @@ import click
 from sightline.cli._options import SETTING
 
 if TYPE_CHECKING:
-    from sightline.classifier import Classifier
+    from sightline.classifier import Classifier, Method
     from sightline.explanation import Explanation
-    from sightline.runs import Choice
 
 PICTURES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"}
 
@@ -45,23 +44,22 @@ def command(
     from sightline.registry import find
     from sightline.settings import bind
 
-    chosen = methods(method, settings)
-    for one in chosen:
-        bind(find(one.name, METHODS, "methods").method, one.settings)
+    chosen = [bind(find(one.name, METHODS, "methods").method, one.settings) for one in methods(method, settings)]
     files = [file for image in images for file in pictures(image)]
     classifier = models.load(model)
     classifier = classifier if layer is None else classifier.at(layer)
+    folders = places(files, out)
     made: list[list[Explanation | None]] = []
     skipped: dict[str, str] = {}
     with bar() as progress:
         task = progress.add_task("explaining", total=len(files) * len(chosen), note="")
-        for file in files:
+        for file, folder in zip(files, folders, strict=True):
             row: list[Explanation | None] = []
             for one in chosen:
                 row.append(attempt(classifier, file, one, target=target, resize=resize, model=model, skipped=skipped))
                 progress.advance(task)
                 if row[-1] is not None:
-                    row[-1].save(out)
+                    row[-1].save(folder)
             made.append(row)
     tell(made, out, skipped)
 
@@ -83,10 +81,16 @@ def pictures(path: Path) -> list[Path]:
     return found
 
 
+def places(files: list[Path], out: Path) -> list[Path]:
+    """Return the folder of each picture's files: numbered ones inside `out` for pictures that share a name."""
+    stems = [file.stem for file in files]
+    return [out if stems.count(file.stem) == 1 else out / str(index) for index, file in enumerate(files)]
+
+
 def attempt(
     classifier: "Classifier",
     file: Path,
-    method: "Choice",
+    method: "Method",
     *,
     target: str | None,
     resize: str,
@@ -100,7 +104,7 @@ def attempt(
     from sightline.images import ImageError
 
     try:
-        made = explain(classifier, str(file), target, method.name, resize_policy=resize, **method.settings)
+        made = explain(classifier, str(file), target, method, resize_policy=resize)
     except ImageError as error:
         skipped[str(file)] = str(error)
         return None
