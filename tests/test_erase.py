@@ -77,6 +77,15 @@ def test_telea_is_opencv_s_inpainting_of_what_is_not_kept(image, saliency):
     assert (filling - image)[~kept].abs().max() > 0.1
 
 
+def test_telea_keeps_what_is_above_its_threshold(image, saliency):
+    half = torch.where(saliency > 0.8, 1.0, 0.5)
+    for keep, bound in ((0.5, 0.8), (0.9, 0.8), (0.4, -1.0)):
+        kept = (saliency > bound).expand_as(image)
+        change = (telea(image, half, keep=keep) - image).abs()
+        assert change[kept].max() <= 0.5 / 255 + 1e-6
+        assert kept.all() or change[~kept].max() > 0.1
+
+
 def test_telea_with_nothing_kept_all_kept_and_one_channel(image, saliency):
     for level in (0.0, 1.0):
         filling = telea(image, torch.full_like(saliency, level))

@@ -51,7 +51,7 @@ def test_a_module_of_another_network_is_an_error(pooled, networks):
 
 def test_frozen_evaluates_and_gives_every_flag_back(pooled):
     model = pooled.model
-    model.train()
+    model.requires_grad_(True).train()
     model.last.eval()
     model.stem[0].weight.requires_grad_(False)
     modes, grads = [m.training for m in model.modules()], [p.requires_grad for p in model.parameters()]

@@ -75,7 +75,7 @@ def test_the_map_is_the_same_again(name, classifier, x, y):
 @every_pair
 def test_no_trace_is_left(name, classifier, x, y, trace, plain):
     model, x = classifier.model, fit(classifier, x)
-    model.train()
+    model.requires_grad_(True).train()
     next(model.children()).eval()
     parameters = list(model.parameters())
     parameters[0].requires_grad_(False)

@@ -22,7 +22,7 @@ def local(model):
     """
     for module in model.modules():
         if isinstance(module, nn.Conv2d) and module.stride != module.kernel_size:
-            taps = torch.full(module.kernel_size, 0.4)
+            taps = torch.full(module.kernel_size, 0.3)
             taps[module.kernel_size[0] // 2, module.kernel_size[1] // 2] = 1
             module.weight.data *= taps
         if isinstance(module, SqueezeExcitation):
@@ -75,7 +75,7 @@ def assert_grid_is_right(classifier, patch):
         inside = torch.zeros(i, j, dtype=torch.bool)
         inside[row : row + 2, column : column + 2] = True
         assert inside.flatten()[change.argmax()], (row, column, change)
-        assert change[inside].mean() > 1.3 * change[~inside].mean()
+        assert change[inside].mean() > 1.2 * change[~inside].mean()
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -183,6 +183,13 @@ def test_an_unusable_layer_is_an_error_that_names_a_better_one(layer, error, mes
             choose()
 
 
+def test_the_last_call_of_a_layer_says_where_it_lies(pooled):
+    """A ReLU that runs on the map and once more behind the pooling."""
+    pooled.model.pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), pooled.model.stem[2])
+    with pytest.raises(ValueError, match=r"'stem\.2' gives shape \(2, 6\), which is no map of more than one cell"):
+        pooled.at("stem.2")
+
+
 def test_a_layer_whose_cells_reach_no_logit_is_an_error(seeded, networks):
     model = seeded(networks.tokens, seed=3)
     with pytest.raises(ValueError, match="'norm' gets no gradient: its cells do not reach the logits; use 'norm1'"):
@@ -245,7 +252,7 @@ def test_a_layer_norm_says_where_the_channels_are(seeded):
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_wrapping_works_in_every_gradient_mode_and_leaves_no_trace(mode, pooled, trace, plain):
-    pooled.model.train()
+    pooled.model.requires_grad_(True).train()
     changed = trace(pooled.model)
     with mode():
         assert wrap(pooled.model, normalization="none", size=(24, 32)).layer == "last"

@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import math
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
@@ -112,6 +113,14 @@ def test_objectives_and_normalizations(objective, normalization, curved, x, y):
     settings = {"objective": objective, "normalization": normalization, "steps": 4}
     climbs = [by_hand(curved, x[n], int(y[n]), **settings) for n in range(3)]
     assert_same(opti_cam(curved, x, y, **settings), climbs)
+
+
+def test_the_normalizations_of_maps_of_either_sign():
+    maps = torch.tensor([[[[-4.0, -2.0, -1.0]]], [[[-1.0, 1.0, 2.0]]], [[[0.0, 0.0, 0.0]]]], dtype=torch.float64)
+    n = module.NORMALIZATIONS
+    assert n["range"](maps).flatten(1).tolist() == [[0, 2 / 3, 1], [0, 2 / 3, 1], [0, 0, 0]]
+    assert n["max"](maps).flatten(1).tolist() == [[4, 2, 1], [-0.5, 0.5, 1], [0, 0, 0]]
+    assert n["sigmoid"](maps)[1].flatten().tolist() == pytest.approx([1 / (1 + math.exp(-a)) for a in (-1, 1, 2)])
 
 
 @pytest.mark.parametrize("score", [logit, probability, log_probability])
