@@ -18,6 +18,7 @@ CATALOGUES = {"methods", "metrics", "models", "datasets"}
 ALLOWED = {
     "types": set(),
     "registry": set(),
+    "memory": set(),
     "runs": set(),
     "data": {"types"},
     "hooks": {"registry"},
@@ -42,7 +43,7 @@ ALLOWED = {
     "report": {"runs", "table", "metrics"},
     "cli": {
         *(CATALOGUES | {"classifier", "registry", "data", "images", "viz", "explanation", "running"}),
-        *("runs", "settings", "table", "report", "training", "classifier_training"),
+        *("runs", "settings", "table", "report", "training", "classifier_training", "memory"),
     },
     "__main__": {"cli"},
     "__init__": {"classifier", "evaluation", "explanation", "running", "runs"},

@@ -47,7 +47,8 @@ def test_mini_resnet_has_the_stated_size():
         convolutions += 9 * a * a + 9 * a * b + (a * b if a != b else 0)
     norms = 2 * (32 + (32 + 32) + (32 + 2 * 64) + (64 + 2 * 128) + (128 + 2 * 256))
     assert count(MiniResNet()) == convolutions + norms + 256 * 20 + 20 == 650_484
-    assert 1.2e6 < len(safetensors.torch.save(MiniResNet().half().state_dict())) < 1.4e6
+    halves = {name: value.contiguous() for name, value in MiniResNet().half().state_dict().items()}
+    assert 1.2e6 < len(safetensors.torch.save(halves)) < 1.4e6
 
 
 def test_the_last_stride_doubles_the_last_map_only(x):

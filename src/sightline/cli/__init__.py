@@ -7,6 +7,8 @@ from typing import Any
 
 import click
 
+from sightline.memory import keep_freed
+
 COMMANDS = ("list", "explain", "evaluate", "train", "report")
 
 DEBUG = "SIGHTLINE_DEBUG"
@@ -36,6 +38,7 @@ def cli() -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line: what the user got wrong is one sentence and exit code 2, Ctrl-C is exit code 130."""
+    keep_freed()
     try:
         cli(args=arguments, prog_name="sightline", standalone_mode=False)
     except click.exceptions.Exit as end:
