@@ -7,13 +7,14 @@ from inspect import signature
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
+import torch
 from torch import Tensor
 
 from sightline import models, viz
 from sightline.classifier import Classifier, Method
 from sightline.data import Dataset, Indexed, Sample, batches
 from sightline.datasets import DATASETS
-from sightline.evaluation import Explain, Log, Subject, check_explain, device, measure
+from sightline.evaluation import Explain, Log, Subject, check_explain, checked, device, measure
 from sightline.explanation import laid
 from sightline.images import fit
 from sightline.maps import degenerate
@@ -22,6 +23,7 @@ from sightline.metrics import METRICS, Measure
 from sightline.registry import find, load, unknown
 from sightline.runs import Choice, Run, Scores, Spec, arguments, describe, provenance, write_bytes
 from sightline.settings import bind
+from sightline.types import Images, Labels, Saliency
 
 T = TypeVar("T")
 
@@ -36,7 +38,7 @@ SIDE = 160
 
 
 KEPT = 256
-"""How many of the images last read a scene keeps, for the next method."""
+"""How many of the last images and maps stay in memory."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,26 @@ class Recent:
 
     def __getitem__(self, index: int, /) -> Sample:
         return self.read(index)
+
+
+class Recalled:
+    """A method whose last `KEPT` maps stay in memory, so that pictures of what was scored cost nothing."""
+
+    def __init__(self, method: Method) -> None:
+        self.method = method
+        self.maps: dict[tuple[bytes, int], Saliency] = {}
+
+    def __call__(self, classifier: Classifier, x: Images, y: Labels | None = None, /) -> Saliency:
+        labels = classifier.labels(x, y) if y is None else y
+        keys = [(image.cpu().numpy().tobytes(), int(label)) for image, label in zip(x, labels, strict=True)]
+        new = [index for index, key in enumerate(keys) if key not in self.maps]
+        if new:
+            made = checked(self.method(classifier, x[new], labels[new]), len(new))
+            self.maps |= {keys[index]: one for index, one in zip(new, made, strict=True)}
+        found = torch.stack([self.maps[key] for key in keys])
+        for key in list(self.maps)[: max(0, len(self.maps) - KEPT)]:
+            del self.maps[key]
+        return found
 
 
 def named(spec: Spec) -> tuple[Method, dict[str, Callable[..., Measure]]]:
@@ -168,7 +190,8 @@ def run(
     Raises:
         LookupError, TypeError, ValueError, OSError: see `named`, `scene` and `measure`.
     """
-    method, factories = named(spec)
+    function, factories = named(spec)
+    method = Recalled(function)
     on = scene(spec) if on is None else on
     count = min(spec.images or len(on.samples), len(on.samples))
     scores = measure(
@@ -183,7 +206,7 @@ def run(
     scores = replace(scores, scores=tuple(replace(score, metric=choice) for score, choice in by_choice))
     recorded = {
         **on.arguments,
-        "method": arguments(method),
+        "method": arguments(function),
         "metrics": {name: arguments(factory) for name, factory in factories.items()},
     }
     pictures = {} if folder is None else draw(spec, on, method, scores, folder)
