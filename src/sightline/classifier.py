@@ -93,6 +93,11 @@ class Classifier:
             output = self.model(self.normalize(x))
         return check_logits(read_logits(output), len(x), type(self.model).__name__)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the network's parameters are; the CPU for a network without any."""
+        return next((parameter.device for parameter in self.model.parameters()), torch.device("cpu"))
+
     def normalize(self, x: Images) -> Images:
         """Return (x - mean) / std in the network's own precision."""
         weight = next((p for p in self.model.parameters() if p.is_floating_point()), None)
@@ -261,8 +266,7 @@ def look(classifier: Classifier) -> layers.Probe:
         ValueError: the network cannot run on them.
     """
     generator = torch.Generator().manual_seed(0)
-    weight = next(iter(classifier.model.parameters()), torch.empty(0))
-    x = torch.rand((2, classifier.channels, *classifier.size), generator=generator).to(weight.device)
+    x = torch.rand((2, classifier.channels, *classifier.size), generator=generator).to(classifier.device)
     try:
         return layers.probe(classifier.model, classifier, x)
     except (RuntimeError, AssertionError, IndexError) as error:

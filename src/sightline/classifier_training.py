@@ -279,13 +279,12 @@ def accuracy(classifier: Classifier, dataset: Indexed[Sample], *, batch: int = 6
     """
     if len(dataset) == 0:
         raise ValueError("accuracy needs at least one image, got none")
-    device = next(iter(classifier.model.parameters()), torch.empty(0)).device
     right = 0
     for part in batches(dataset, batch):
         if part.y is None:
             raise ValueError(f"accuracy needs a label for every image; one of {', '.join(part.ids[:4])} ... has none")
         with torch.no_grad():
-            right += int((classifier(part.x.to(device)).argmax(1).cpu() == part.y).sum())
+            right += int((classifier(part.x.to(classifier.device)).argmax(1).cpu() == part.y).sum())
     return right / len(dataset)
 
 

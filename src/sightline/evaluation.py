@@ -45,12 +45,12 @@ def measure(
     check_explain(explain)
     if not metrics:
         raise ValueError("expected at least one metric, got none")
-    sums = {name: Accumulate(one).to(device(classifier)) for name, one in metrics.items()}
+    sums = {name: Accumulate(one).to(classifier.device) for name, one in metrics.items()}
     log = Log()
     for batch in batches:
         check_images(batch.x, classifier.channels)
         check_range(batch.x)
-        subject = Subject(method, classifier, batch.to(device(classifier)), log)
+        subject = Subject(method, classifier, batch.to(classifier.device), log)
         places = torch.arange(len(log.ids), len(log.ids) + len(batch), device=subject.batch.x.device)
         log.note(subject)
         for name, one in metrics.items():
@@ -72,11 +72,6 @@ def check_explain(explain: str) -> None:
     """
     if explain not in EXPLAIN:
         raise ValueError(f"expected explain to be one of {', '.join(EXPLAIN)}, got {explain!r}")
-
-
-def device(classifier: Classifier) -> torch.device:
-    """Return where the network's parameters are."""
-    return next((p.device for p in classifier.model.parameters()), torch.device("cpu"))
 
 
 @dataclass(eq=False)

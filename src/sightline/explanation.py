@@ -28,7 +28,7 @@ from sightline.classifier import (
     probability,
     wrap,
 )
-from sightline.evaluation import checked, device, finite
+from sightline.evaluation import checked, finite
 from sightline.maps import degenerate, resize, unit
 from sightline.methods import METHODS, Entry
 from sightline.models import load as load_model
@@ -232,7 +232,7 @@ def opened(images: Any, classifier: Classifier, policy: str) -> tuple[tuple[str,
     shapes = {tuple(x.shape) for _, x in ready}
     if len(shapes) > 1:
         raise ValueError(f"expected tensors of one shape, got {sorted(shapes)}; explain them one by one")
-    x = torch.stack([x for _, x in ready]).to(device(classifier))
+    x = torch.stack([x for _, x in ready]).to(classifier.device)
     return unique(names), tuple(photo for photo, _ in ready), x
 
 

@@ -14,7 +14,7 @@ from sightline import models, viz
 from sightline.classifier import Classifier, Method
 from sightline.data import Dataset, Indexed, Sample, batches
 from sightline.datasets import DATASETS
-from sightline.evaluation import Explain, Log, Subject, check_explain, checked, device, measure
+from sightline.evaluation import Explain, Log, Subject, check_explain, checked, measure
 from sightline.explanation import laid
 from sightline.images import fit
 from sightline.maps import degenerate
@@ -220,7 +220,7 @@ def draw(spec: Spec, on: Scene, method: Method, scores: Scores, folder: Path) ->
     signed = find(spec.method.name, METHODS, "methods").signed
     indices = worth_showing(scores)
     for batch in batches(on.samples, spec.batch, indices):
-        subject = Subject(method, on.classifier, batch.to(device(on.classifier)), Log())
+        subject = Subject(method, on.classifier, batch.to(on.classifier.device), Log())
         maps = subject.map("predicted" if spec.explain == "scored" else spec.explain)
         for name, x, raw in zip(batch.ids, batch.x, maps, strict=True):
             index, image = scores.ids.index(name), thumbnail(x)
