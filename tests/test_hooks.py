@@ -3,8 +3,20 @@ from collections import OrderedDict, namedtuple
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
-from sightline.hooks import capture, cut, differentiable, edit, first, frozen, name_of, put_first, submodule
+from sightline.hooks import (
+    capture,
+    cut,
+    differentiable,
+    edit,
+    first,
+    frozen,
+    name_of,
+    put_first,
+    submodule,
+    substituted,
+)
 
 
 class Repeated(nn.Module):
@@ -154,3 +166,27 @@ def test_a_layer_inside_a_tuple_is_captured_and_cut(tokens, x):
         output = tokens.model(x)
     assert torch.equal(found[name], leaves[0].detach())
     assert torch.autograd.grad(output.sum(), leaves[0])[0].abs().sum() > 0
+
+
+def test_substituted_functions_are_called_for_modules_and_by_hand():
+    def spy(function):
+        def call(*args, **kwargs):
+            calls.append(function)
+            return function(*args, **kwargs)
+
+        return call
+
+    calls = []
+    model = nn.Sequential(nn.ReLU(inplace=True), nn.ReLU())
+    x = torch.linspace(-1, 1, 5)
+    with substituted({F.relu: spy(F.relu), torch.tanh: lambda a: a + 1}):
+        assert torch.equal(model(x.clone()), x.relu())
+        assert torch.equal(torch.tanh(x), x + 1)
+    assert calls == [F.relu, F.relu]
+    assert torch.equal(torch.tanh(x), x.tanh())
+
+
+def test_substitution_ends_with_an_error():
+    with pytest.raises(ZeroDivisionError), substituted({torch.tanh: lambda a: 1 / 0}):
+        torch.tanh(torch.ones(1))
+    assert torch.tanh(torch.zeros(1)) == 0

@@ -1,11 +1,12 @@
 """Hooks. Look inside a network, and leave no trace: every context manager here undoes what it did, also on an error."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from sightline.registry import unknown
 
@@ -107,6 +108,28 @@ def cut(model: nn.Module, layer: str) -> Iterator[list[Tensor]]:
 def edit(model: nn.Module, layer: str, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """Replace the layer's output by `change(output)`."""
     with hooked(submodule(model, layer), change):
+        yield
+
+
+class Substituted(TorchFunctionMode):
+    """Call other functions instead of torch's; entered by `with`."""
+
+    def __init__(self, substitutes: Mapping[Callable[..., Any], Callable[..., Any]]) -> None:
+        super().__init__()
+        self.substitutes = substitutes
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return self.substitutes.get(func, func)(*args, **(kwargs or {}))
+
+
+@contextmanager
+def substituted(substitutes: Mapping[Callable[..., Any], Callable[..., Any]]) -> Iterator[None]:
+    """Call `substitutes[f]` wherever the network calls the torch function f, by a module or by hand.
+
+    The substitute gets f's arguments and may call f itself. What f calls inside (`multi_head_attention_forward` its
+    softmax) is not seen; scripted parts of a network are not either.
+    """
+    with Substituted(substitutes):
         yield
 
 
