@@ -418,3 +418,25 @@ def test_color_histograms_do_not_give_the_class_away(plain):
     right = (x @ weights).argmax(1) == y
     assert right[:300].float().mean() > 0.6, "the baseline has learned something"
     assert 0.1 < right[300:].float().mean() < 0.6
+
+
+def test_the_cue_is_what_tells_the_label_from_the_nearest_classes():
+    dataset = creatures(count=20)
+    named = {dataset.classes[label]: dataset.cues(label) for label in range(20)}
+    assert named["common pip"] == named["common newt"] == PARTS
+    assert named["dot-headed pip"] == ("head",)
+    assert named["carnival pip"] == ("tail", "wings")
+    for index in range(20):
+        sample = dataset[index]
+        near = [dataset.differing(index, other) for other in range(20) if len(dataset.differing(index, other)) == 1]
+        names = {name for parts in near for part in parts for name in SIDES.get(part, (part,))}
+        assert torch.equal(sample.cue, torch.stack([sample.parts[name] for name in names]).any(0))
+
+
+def test_the_cue_of_a_marked_creature_is_its_mark_and_of_a_scene_its_label_s():
+    marked = creatures(variant="mark", count=3)[2]
+    assert torch.equal(marked.cue, marked.parts["mark"])
+    for index in range(6):
+        scene = creatures(variant="scenes", count=6)[index]
+        assert scene.cue.any()
+        assert (scene.mask[scene.cue] == scene.label + 1).all()

@@ -92,7 +92,7 @@ FUNCTIONS = {
 
 NAMES = {
     "methods.METHODS": list(METHODS),
-    "metrics.METRICS": ["average_drop", "average_increase", "average_gain", "insertion", "deletion"],
+    "metrics.METRICS": ["average_drop", "average_increase", "average_gain", "insertion", "deletion", "mass"],
     "models.MODELS": ["creatures", "mini_resnet", "mini_vgg", "mini_vit"],
     "datasets.DATASETS": ["creatures", "folder", "mnist", "cub_crops"],
     "erase.ERASERS": ["black", "blur", "noise", "telea"],

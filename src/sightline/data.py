@@ -35,6 +35,8 @@ class Sample:
     mask: Int[Tensor, "h w"] | None = None
     instances: Int[Tensor, "h w"] | None = None
     parts: Mapping[str, Bool[Tensor, "h w"]] = field(default_factory=dict[str, Tensor])
+    cue: Bool[Tensor, "h w"] | None = None
+    """What tells the label from the classes nearest to it, where that is known exactly."""
     keypoints: Float[Tensor, "p 3"] | None = None
     attributes: Float[Tensor, " a"] | None = None
     size: tuple[int, int] | None = None

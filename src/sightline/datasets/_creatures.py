@@ -125,8 +125,9 @@ class Creatures:
 
     A sample carries: `label`, and `labels` multi-hot; `boxes`, tight and in the order of the instances; `mask`, 0 for
     background and class index + 1 on a creature; `instances`, 1 for the rearmost; `parts`, the visible pixels by name
-    (disjoint and together the object; "mark" lies within "head"); `keypoints`, a block of `keypoint_names` rows an
-    instance, visible where its part is in front; `attributes`, a one-hot color (6) and pattern (3) for each part.
+    (disjoint and together the object; "mark" lies within "head"); `cue`, the visible `cues` of the label; `keypoints`,
+    a block of `keypoint_names` rows an instance, visible where its part is in front; `attributes`, a one-hot color (6)
+    and pattern (3) for each part.
     """
 
     split: str = "test"
@@ -187,6 +188,17 @@ class Creatures:
         table = _table(self.variant)
         apart = (table[a] != table[b]).any(1) | (self.groups[a] != self.groups[b])
         return tuple(part for part, is_apart in zip(self.parts, apart, strict=True) if is_apart)
+
+    def cues(self, label: int) -> tuple[str, ...]:
+        """Return the parts that tell a class from the ones nearest to it: a change in one of them makes another class.
+
+        A kind that differs from its common one in the head has the head; the common kinds have every part; in the mark
+        variant it is the mark.
+        """
+        apart = [self.differing(label, other) for other in range(len(_KINDS)) if other != label]
+        least = min(map(len, apart))
+        near = {part for parts in apart if len(parts) == least for part in parts}
+        return tuple(part for part in self.parts if part in near)
 
     def difference_mask(self, sample: Sample, a: int, b: int) -> Bool[Tensor, "h w"]:
         """Return where a sample shows what tells class `a` from class `b`.
@@ -377,15 +389,19 @@ def _sample(dataset: Creatures, index: int, stage: Stage) -> Sample:
         image, owner, labels = np.tile(image, (1, 2, 1)), np.concatenate([owner, copy], 1), labels * 2
         points = np.concatenate([points, points + np.array((dataset.size // 2, 0, 0), np.float32)])
     instances = torch.from_numpy(np.where(owner > 0, (owner - 1) // len(REGIONS) + 1, 0))
+    mask = torch.tensor([0, *(one + 1 for one in labels)])[instances]
+    parts = _visible_parts(dataset, owner)
+    cues = [parts[name] for part in dataset.cues(label) for name in _sides(part)]
     return Sample(
         id=f"creatures-{dataset.variant}-{dataset.split}-{index:05d}-s{dataset.seed}",
         image=torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))),
         label=label,
         labels=torch.zeros(len(_KINDS), dtype=torch.long).index_fill(0, torch.tensor(labels), 1),
         boxes=_boxes(instances, len(labels)),
-        mask=torch.tensor([0, *(one + 1 for one in labels)])[instances],
+        mask=mask,
         instances=instances,
-        parts=_visible_parts(dataset, owner),
+        parts=parts,
+        cue=torch.stack(cues).any(0) & (mask == label + 1),
         keypoints=torch.from_numpy(points),
         attributes=_one_hot(_table(dataset.variant)[label]),
         size=(dataset.size, dataset.size),

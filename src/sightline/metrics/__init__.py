@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from sightline.metrics._average import average_increase as average_increase
     from sightline.metrics._insertion import deletion as deletion
     from sightline.metrics._insertion import insertion as insertion
+    from sightline.metrics._mass import mass as mass
     from sightline.metrics._measure import Case as Case
     from sightline.metrics._measure import Measure as Measure
 
@@ -76,6 +77,13 @@ METRICS: Mapping[str, Entry] = {
         "",
         False,
         "fraction of pixels deleted",
+    ),
+    "mass": Entry(
+        "sightline.metrics._mass:mass",
+        "share of the map on the object, on what tells its class, or near its parts",
+        "Wang et al. 2020",
+        "%",
+        True,
     ),
 }
 
