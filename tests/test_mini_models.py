@@ -173,16 +173,6 @@ def test_the_seed_makes_the_network_and_nothing_else_changes(name):
     assert one.layer == {"mini_resnet": "layer4", "mini_vgg": "features.33", "mini_vit": "blocks.5.norm1"}[name]
 
 
-def test_the_grammar():
-    assert models.parse("a") == Choice("a")
-    assert models.parse("a?b=1&c=2.5&d=true&e=none&f=x=y") == Choice(
-        "a", {"b": 1, "c": 2.5, "d": True, "e": "none", "f": "x=y"}
-    )
-    for wrong in ("", "?a=1", "a?b", "a?=1"):
-        with pytest.raises(ValueError, match="expected name\\?key=value&key=value, got"):
-            models.parse(wrong)
-
-
 def test_a_name_with_settings_is_the_same_as_its_text():
     text = models.load("mini_resnet?classes=4&last_stride=1&channels=1&layer=layer3&size=32")
     table = models.load(

@@ -22,6 +22,7 @@ from sightline.runs import (
     describe,
     provenance,
     read_specs,
+    split,
     write_bytes,
     write_text,
 )
@@ -275,3 +276,16 @@ def test_plain_data_needs_no_torch():
     told = f"{code}; print([name for name in {heavy!r} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", told], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_the_grammar():
+    assert Choice.parse("a") == Choice("a")
+    assert Choice.parse("a?b=1&c=2.5&d=true&e=none&f=x=y") == Choice(
+        "a", {"b": 1, "c": 2.5, "d": True, "e": "none", "f": "x=y"}
+    )
+    assert Choice.parse("folder?root=my (old) pictures?") == Choice("folder", {"root": "my (old) pictures?"})
+    assert Choice.parse("smooth(gradient?a=1&b=2)?samples=5") == Choice("smooth(gradient?a=1&b=2)", {"samples": 5})
+    assert split("mean(a,b),c", ",") == ["mean(a,b)", "c"]
+    for wrong in ("", "?a=1", "a?b", "a?=1"):
+        with pytest.raises(ValueError, match="expected name\\?key=value&key=value, got"):
+            Choice.parse(wrong)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
+from itertools import accumulate
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -45,6 +46,19 @@ class Choice:
             raise ValueError(f"expected a table with a name, got {dict(value)!r}; write {{name = ..., ...}}")
         return cls(str(value["name"]), {key: item for key, item in value.items() if key != "name"})
 
+    @classmethod
+    def parse(cls, text: str) -> "Choice":
+        """Read `name?key=value&key=value`; what stands in parentheses belongs to the name.
+
+        Raises:
+            ValueError: no name, or a part behind the question mark that is no `key=value`.
+        """
+        name, *queries = split(text, "?", 1)
+        pairs = [part.partition("=") for query in queries for part in query.split("&") if part]
+        if not name or not all(key and equals for key, equals, _ in pairs):
+            raise ValueError(f"expected name?key=value&key=value, got {text!r}")
+        return cls(name, {key: read_value(value) for key, _, value in pairs})
+
     def plain(self) -> str | dict[str, Any]:
         """Return the shortest TOML form."""
         return {"name": self.name, **self.settings} if self.settings else self.name
@@ -52,6 +66,26 @@ class Choice:
     def __str__(self) -> str:
         inside = ", ".join(f"{key}={value}" for key, value in self.settings.items())
         return f"{self.name}({inside})" if inside else self.name
+
+
+def split(text: str, mark: str, most: int = -1) -> list[str]:
+    """Split a text, at most so many times, at the marks that stand in no parentheses."""
+    depths = list(accumulate((letter == "(") - (letter == ")") for letter in text))
+    places = [i for i, letter in enumerate(text) if letter == mark and depths[i] == 0]
+    ends = [*places[: len(places) if most < 0 else most], len(text)]
+    return [text[start:end] for start, end in zip([0, *(end + 1 for end in ends)], ends, strict=False)]
+
+
+def read_value(text: str) -> int | float | bool | str:
+    """Read an integer, a float, true or false, else text."""
+    if text in ("true", "false"):
+        return text == "true"
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
 
 
 @dataclass(frozen=True)

@@ -64,15 +64,14 @@ def specifications(
     path: Path | None, method: tuple[str, ...], metric: tuple[str, ...], rest: dict[str, Any]
 ) -> "list[Spec]":
     """Return one specification a method, from the file and the options."""
-    from sightline.cli._options import choice, methods
-    from sightline.runs import Spec, read_specs
+    from sightline.cli._options import methods
+    from sightline.runs import Choice, Spec, read_specs
 
     settings = rest.pop("settings")
-    said = {
-        key: choice(value) if key in ("model", "data") else value for key, value in rest.items() if value is not None
-    }
+    said = {key: value for key, value in rest.items() if value is not None}
+    said |= {key: Choice.parse(said[key]) for key in ("model", "data") if key in said}
     if metric:
-        said["metrics"] = tuple(choice(one) for one in metric)
+        said["metrics"] = tuple(map(Choice.parse, metric))
     if path is not None:
         specs = list(read_specs(path))
         chosen = methods(method, settings)
@@ -80,7 +79,8 @@ def specifications(
             raise ValueError("--set needs --method: it belongs to the method")
         listed = [replace(specs[0], method=one) for one in chosen] if chosen else specs
         return [Spec.of({**plain(one), **said}) for one in listed]
-    table = {"model": choice("creatures"), "data": choice("creatures"), "metrics": tuple(map(choice, METRICS)), **said}
+    metrics, creatures = tuple(map(Choice, METRICS)), Choice("creatures")
+    table = {"model": creatures, "data": creatures, "metrics": metrics, **said}
     return [Spec.of({**table, "method": one}) for one in methods(method or ("grad_cam",), settings)]
 
 

@@ -15,25 +15,18 @@ SETTING = click.option(
 )
 
 
-def choice(text: str) -> "Choice":
-    """Read `name?key=value&key=value`."""
-    from sightline.models import parse
-
-    return parse(text)
-
-
 def pairs(settings: Sequence[str]) -> dict[str, Any]:
     """Read `key=value` options.
 
     Raises:
         ValueError: no equals sign.
     """
-    from sightline.models import value_of
+    from sightline.runs import read_value
 
     split = [setting.partition("=") for setting in settings]
     if wrong := [setting for setting, (key, equals, _) in zip(settings, split, strict=True) if not (key and equals)]:
         raise ValueError(f"expected --set key=value, got {wrong[0]!r}")
-    return {key: value_of(value) for key, _, value in split}
+    return {key: read_value(value) for key, _, value in split}
 
 
 def methods(names: Sequence[str], settings: Sequence[str]) -> "list[Choice]":
@@ -42,7 +35,7 @@ def methods(names: Sequence[str], settings: Sequence[str]) -> "list[Choice]":
     from sightline.runs import Choice
 
     listed = [one for name in names for one in (METHODS if name == "all" else [name])]
-    chosen = [choice(one) for one in listed]
+    chosen = [Choice.parse(one) for one in listed]
     return [Choice(one.name, {**one.settings, **pairs(settings)}) for one in chosen]
 
 

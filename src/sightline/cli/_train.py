@@ -48,20 +48,22 @@ def classifier(
     """
     from sightline import models
     from sightline.classifier_training import ClassifierConfig, accuracy, train
-    from sightline.cli._options import bar, choice, pairs
+    from sightline.cli._options import bar, pairs
+    from sightline.runs import Choice
     from sightline.settings import bind
     from sightline.training import remember
 
     config = bind(ClassifierConfig, tuples({**pairs(settings), **({"epochs": epochs} if epochs else {})}))()
-    built, dataset, stored = fitting(choice(model), choice(data), seed)
+    learned = Choice.parse(data)
+    built, dataset, stored = fitting(Choice.parse(model), learned, seed)
     with bar() as progress:
         history = train(built, remember(dataset), config, seed=seed, out=out, report=drawn(progress, config.epochs))
-    extra: dict[str, Any] = {"data": choice(data).plain(), "images": len(dataset), "seed": seed}
+    extra: dict[str, Any] = {"data": learned.plain(), "images": len(dataset), "seed": seed}
     extra |= {"config": {name: getattr(config, name) for name in config.__dataclass_fields__}, "history": list(history)}
     target = models.save(built, out / "classifier.safetensors", model=stored, extra=extra, half=half)
     if test is not None:
-        measured = models.load(str(target))
-        extra["test"] = {"data": choice(test).plain(), "accuracy": accuracy(measured, like(choice(test), measured))}
+        measured, unseen = models.load(str(target)), Choice.parse(test)
+        extra["test"] = {"data": unseen.plain(), "accuracy": accuracy(measured, like(unseen, measured))}
         models.save(built, target, model=stored, extra=extra, half=half)
         click.echo(f"accuracy {extra['test']['accuracy']:.2%} on {test}")
     for file, reason in dataset.skipped.items():

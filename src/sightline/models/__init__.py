@@ -111,31 +111,6 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-def parse(text: str) -> Choice:
-    """Read `name?key=value&key=value`; a value is an integer, a float, true or false, else text.
-
-    Raises:
-        ValueError: no name, or a part behind the question mark that is no `key=value`.
-    """
-    name, _, query = text.partition("?")
-    pairs = [part.partition("=") for part in query.split("&") if part]
-    if not name or not all(key and equals for key, equals, _ in pairs):
-        raise ValueError(f"expected name?key=value&key=value, got {text!r}")
-    return Choice(name, {key: value_of(value) for key, _, value in pairs})
-
-
-def value_of(text: str) -> int | float | bool | str:
-    """Read one value."""
-    if text in ("true", "false"):
-        return text == "true"
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text
-
-
 def load(model: str | Choice) -> "Classifier":
     """Return the classifier that a line of text (see the module), or a name with settings, stands for.
 
@@ -144,8 +119,8 @@ def load(model: str | Choice) -> "Classifier":
         ValueError, TypeError: a text, a setting, a file or a network that does not fit.
         OSError: a file that is not there, or weights that cannot be downloaded.
     """
-    given = parse(model) if isinstance(model, str) else model
-    named = parse(given.name)
+    given = Choice.parse(model) if isinstance(model, str) else model
+    named = Choice.parse(given.name)
     settings = {**named.settings, **given.settings}
     if "layer" in settings:
         settings["layer"] = str(settings["layer"])
