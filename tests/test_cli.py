@@ -264,3 +264,19 @@ def test_debug_shows_the_traceback(photo: Path):
     command = [sys.executable, "-m", "sightline", "explain", str(photo), "--method", "grad_can"]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "SIGHTLINE_DEBUG": "1"})
     assert "Traceback" in done.stderr
+
+
+def test_evaluate_averages_over_several_models(capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    spec, out = tmp_path / "spec.toml", tmp_path / "out"
+    spec.write_text(
+        'model = ["mini_vgg?classes=20&seed=1", "mini_vgg?classes=20&seed=2"]\nmethod = ["center", "gradient"]\n'
+        'data = {name = "creatures", count = 2}\nmetrics = [{name = "mass", on = "cue"}]\nbatch = 2\n'
+    )
+    code, told, _ = call(capsys, "evaluate", spec, "--out", out)
+    assert code == 0
+    assert "2 classifiers on creatures(count=2)" in told
+    values = [Run.read(out / f"model-{i}" / "gradient.json").scores["mass"].value for i in (1, 2)]
+    assert f"{sum(values) / 2:.3f}" in (out / "table.md").read_text()
+    code, _, _ = call(capsys, "report", out, "--out", tmp_path / "page.html")
+    assert code == 0
+    assert "seed=2" in (tmp_path / "page.html").read_text()

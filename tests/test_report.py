@@ -22,7 +22,7 @@ import pytest
 
 from sightline.report import report, write
 from sightline.runs import Choice, Run, Score, Scores, Spec
-from sightline.table import NOTHING, csv, digits, fixed, labels, markdown, tables
+from sightline.table import NOTHING, across, csv, digits, fixed, labels, markdown, tables
 
 IDS = tuple(f"img_{i}" for i in range(8))
 UP, DOWN = "insertion", "deletion"
@@ -133,7 +133,7 @@ def test_what_is_not_a_number_is_not_the_best():
     (table,) = tables(runs)
     assert table.rows[0].cells[0].text == NOTHING
     assert [row.cells[0].half_width for row in table.rows] == ["", "0.000", "0.000", ""]
-    assert f"| a | {NOTHING} |" in markdown(runs)
+    assert f"| a | {NOTHING} |" in markdown(tables(runs))
 
 
 def test_a_metric_that_a_run_lacks_leaves_its_cell_empty():
@@ -257,7 +257,7 @@ def test_runs_that_differ_in_more_than_the_method_are_never_mixed(other: Run, re
     assert f"differ in more than the method: {reason}" in warning
     assert source.count('<table class="numbers">') == 2
     assert heading in texts(source, r"<h2>(.*?)</h2>")
-    assert markdown(runs).count("| method |") == 2
+    assert markdown(tables(runs)).count("| method |") == 2
 
 
 def test_other_predictions_are_another_model():
@@ -273,7 +273,7 @@ def test_one_table_carries_no_warning():
     assert 'class="warning"' not in page([run("a"), run("b")])
 
 
-@pytest.mark.parametrize("make", [tables, markdown, csv, page])
+@pytest.mark.parametrize("make", [tables, across, csv, page])
 def test_no_runs_is_an_error(make):
     with pytest.raises(ValueError, match="there are no runs to show, expected at least one; `sightline evaluate`"):
         make([])
@@ -285,7 +285,7 @@ def test_no_runs_is_an_error(make):
 def test_markdown_shows_numbers_marks_and_controls():
     numbers = {UP: [0.4, 0.8] * 4, DOWN: [0.1, 0.3] * 4}
     worse = {UP: [0.2, 0.6] * 4, DOWN: [0.2, 0.4] * 4}
-    lines = markdown([run("cam", numbers), run("a|b", worse), run("center", numbers)]).splitlines()
+    lines = markdown(tables([run("cam", numbers), run("a|b", worse), run("center", numbers)])).splitlines()
     widths = [1.96 * stdev(numbers[metric]) / 8**0.5 for metric in (UP, DOWN)]
     assert lines[0] == "### net on birds"
     assert "2 methods and 1 control explain net on 8 images of birds; it classifies 87.5 % of them" in lines[2]
@@ -615,3 +615,29 @@ def test_the_report_needs_no_torch():
     code = "import sys, sightline.report, sightline.table; print('torch' in sys.modules, 'PIL' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "False"]
+
+
+def test_a_table_across_classifiers_shows_means_and_deviations():
+    runs = [
+        run(method, flat(value), model=model)
+        for model, shift in (("a", 0), ("b", 4), ("c", 5))
+        for method, value in (("cam", 10.0 + shift), ("grad_cam", 12.0), ("center", 50.0))
+    ]
+    table = across(runs)
+    assert table.heading == "3 classifiers on birds"
+    cells = {row.label: (row.cells[0].text, row.cells[0].half_width, row.cells[0].best) for row in table.rows}
+    assert cells == {
+        "cam": ("13.0", f"{stdev([10, 14, 15]):.1f}", True),
+        "grad_cam": ("12.0", "0.0", False),
+        "center": ("50.0", "0.0", False),
+    }
+    text = markdown([table])
+    assert "2 methods and 1 control explain a and b and c on 8 images of birds; they classify 87.5 and 87.5" in text
+    assert "± the standard deviation over the classifiers" in text
+
+
+def test_only_like_runs_are_averaged_across_classifiers():
+    with pytest.raises(ValueError, match="runs that differ in data cannot be averaged over classifiers"):
+        across([run("cam", model="a"), run("cam", model="b", data="cats")])
+    with pytest.raises(ValueError, match="every classifier needs a run of every method, and b lacks grad_cam"):
+        across([run("cam", model="a"), run("grad_cam", model="a"), run("cam", model="b")])

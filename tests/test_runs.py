@@ -289,3 +289,17 @@ def test_the_grammar():
     for wrong in ("", "?a=1", "a?b", "a?=1"):
         with pytest.raises(ValueError, match="expected name\\?key=value&key=value, got"):
             Choice.parse(wrong)
+
+
+def test_lists_of_models_and_methods_give_every_pair(tmp_path):
+    path = tmp_path / "spec.toml"
+    path.write_text('model = ["a", "b"]\ndata = "c"\nmethod = ["d", "e"]\nmetrics = ["f"]\n')
+    assert [(s.model.name, s.method.name) for s in runs.read_specs(path)] == [
+        ("a", "d"),
+        ("a", "e"),
+        ("b", "d"),
+        ("b", "e"),
+    ]
+    path.write_text('model = []\ndata = "c"\nmethod = ["d", "e"]\nmetrics = ["f"]\n')
+    with pytest.raises(ValueError, match="lists no model; expected at least one"):
+        runs.read_specs(path)

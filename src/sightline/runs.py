@@ -141,7 +141,7 @@ class Spec:
 
 
 def read_specs(path: Path | str) -> tuple[Spec, ...]:
-    """Read a TOML file; where `method` is a list, return one specification a method.
+    """Read a TOML file; where `method` or `model` is a list, return one specification of each model and method.
 
     Raises:
         FileNotFoundError: no such file.
@@ -151,12 +151,16 @@ def read_specs(path: Path | str) -> tuple[Spec, ...]:
         table = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not TOML: {error}") from error
-    methods = table.get("method")
-    if methods == []:
-        raise ValueError(f"{path} lists no method; expected at least one")
-    if not isinstance(methods, list):
-        return (Spec.of(table),)
-    return tuple(Spec.of({**table, "method": method}) for method in methods)
+    if empty := [name for name in ("model", "method") if table.get(name) == []]:
+        raise ValueError(f"{path} lists no {empty[0]}; expected at least one")
+    models, methods = ([{name: one} for one in listed(table, name)] for name in ("model", "method"))
+    return tuple(Spec.of({**table, **model, **method}) for model in models or [{}] for method in methods or [{}])
+
+
+def listed(table: Mapping[str, Any], name: str) -> list[Any]:
+    """Return the entries of a list, the one that is no list, or none."""
+    found = table.get(name, [])
+    return found if isinstance(found, list) else [found]
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from csv import writer
 from dataclasses import dataclass
 from io import StringIO
-from statistics import median
+from statistics import fmean, median, stdev
 from typing import Any
 
 from sightline.methods import METHODS
@@ -80,11 +80,13 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """Runs that may be compared. `heading` tells this table from the others."""
+    """Runs that may be compared. `heading` tells this table from the others; `models` are the classifiers averaged."""
 
     heading: str
     columns: tuple[Column, ...]
     rows: tuple[Row, ...]
+    models: tuple[Run, ...] = ()
+    """One run of each classifier, where the cells are means over several."""
 
     @property
     def methods(self) -> tuple[Row, ...]:
@@ -108,7 +110,30 @@ def tables(runs: Sequence[Run]) -> tuple[Table, ...]:
     for index, run in enumerate(runs):
         groups.setdefault(tuple(conditions(run).values()), []).append(index)
     names = headings([conditions(runs[group[0]]) for group in groups.values()])
-    return tuple(_table(name, runs, group) for name, group in zip(names, groups.values(), strict=True))
+    singles = [[run] for run in runs]
+    return tuple(_table(name, singles, group) for name, group in zip(names, groups.values(), strict=True))
+
+
+def across(runs: Sequence[Run]) -> Table:
+    """Lay out the same methods on several classifiers: means over the classifiers, ± their standard deviation.
+
+    The classifiers differ in their seeds, say; `seconds` are means too.
+
+    Raises:
+        ValueError: no runs, runs on other images or of other settings, or a method that a classifier lacks.
+    """
+    _check(runs)
+    if apart := [key for key in differences(runs) if key not in ("model", "predictions")]:
+        raise ValueError(f"runs that differ in {', '.join(apart)} cannot be averaged over classifiers")
+    grid: dict[str, dict[str, Run]] = {}
+    for run in runs:
+        grid.setdefault(named(run.spec.model), {})[named(run.spec.method)] = run
+    columns = list(grid.values())
+    if lacking := [f"{name} lacks {method}" for name, column in grid.items() for method in columns[0].keys() ^ column]:
+        raise ValueError(f"every classifier needs a run of every method, and {lacking[0]}")
+    groups = [[column[method] for column in columns] for method in columns[0]]
+    heading = f"{len(columns)} classifiers on {named(runs[0].spec.data)}"
+    return _table(heading, groups, range(len(groups)), tuple(groups[0]))
 
 
 def conditions(run: Run) -> dict[str, Hashable]:
@@ -183,22 +208,22 @@ def fixed(value: float, decimals: int) -> str:
 
 def summary(table: Table) -> str:
     """Say in one sentence what a table is about."""
-    run, images = table.rows[0].run, _count(len(table.rows[0].run.scores.ids), "image")
+    models = table.models or (table.rows[0].run,)
+    spec, images = models[0].spec, _count(len(models[0].scores.ids), "image")
     who = [_counted(table.methods, "method"), _counted(table.controls, "control")]
     verb = "explains" if len(table.rows) == 1 else "explain"
-    what = f"{' and '.join(filter(None, who))} {verb} {named(run.spec.model)} on {images} of {named(run.spec.data)}"
-    if run.scores.accuracy is None:
+    whom = " and ".join(named(run.spec.model) for run in models)
+    what = f"{' and '.join(filter(None, who))} {verb} {whom} on {images} of {named(spec.data)}"
+    right = [run.scores.accuracy for run in models]
+    if any(accuracy is None for accuracy in right):
         return f"{what}; accuracy unknown, the images have no labels."
-    return f"{what}; it classifies {100 * run.scores.accuracy:.1f} % of them correctly."
+    shares = " and ".join(f"{100 * accuracy:.1f}" for accuracy in right if accuracy is not None)
+    return f"{what}; {'it classifies' if len(models) == 1 else 'they classify'} {shares} % of them correctly."
 
 
-def markdown(runs: Sequence[Run]) -> str:
-    """Write the tables in Markdown: best values bold, ± half of the 95 % confidence interval.
-
-    Raises:
-        ValueError: no runs.
-    """
-    return "\n".join(_markdown(table) for table in tables(runs))
+def markdown(tables: Sequence[Table]) -> str:
+    """Write tables in Markdown: best values bold, ± half of the 95 % confidence interval or the standard deviation."""
+    return "\n".join(_markdown(table) for table in tables)
 
 
 def csv(runs: Sequence[Run]) -> str:
@@ -221,32 +246,57 @@ def _check(runs: Sequence[Run]) -> None:
         raise ValueError("there are no runs to show, expected at least one; `sightline evaluate` writes them")
 
 
-def _table(heading: str, runs: Sequence[Run], group: Sequence[int]) -> Table:
-    """Lay out those runs whose places are given, controls last."""
-    places = sorted(group, key=lambda place: runs[place].spec.method.name in CONTROLS)
-    order = [runs[place] for place in places]
-    controls = [run.spec.method.name in CONTROLS for run in order]
-    scores = [{(named(score.metric), score.higher_is_better): score for score in run.scores.scores} for run in order]
-    columns: dict[tuple[str, bool], Column] = {}
-    for key, score in (item for row in scores for item in row.items()):
-        columns.setdefault(key, Column(score.metric, *key))
-    cells = [_cells([row.get(key) for row in scores], controls) for key in columns]
-    seconds = [run.scores.seconds / len(run.scores.ids) if run.scores.ids else math.nan for run in order]
-    times = [_seconds(value, min(3, digits((), [min(seconds)]))) for value in seconds]
-    rows = [
-        Row(label, controls[i], tuple(cell[i] for cell in cells), times[i], order[i], places[i])
-        for i, label in enumerate(labels(order))
-    ]
-    return Table(heading, tuple(columns.values()), tuple(rows))
+@dataclass(frozen=True)
+class _Number:
+    """What stands in a cell, before rounding."""
+
+    value: float
+    half_width: float | None
+    higher_is_better: bool
 
 
-def _cells(scores: Sequence[Score | None], controls: Sequence[bool]) -> list[Cell]:
-    """Show one column with its best values marked."""
+def _number_of(scores: Sequence[Score | None]) -> _Number | None:
+    """Return one run's number with its half width, or the mean over runs with their standard deviation."""
     known = [score for score in scores if score is not None]
-    decimals = digits([score.value for score in known], [_half_width(score) for score in known])
-    texts = [NOTHING if score is None else fixed(score.value, decimals) for score in scores]
-    widths = [None if score is None else _half_width(score) for score in scores]
-    best = _best(scores, texts, controls)
+    if len(known) < len(scores):
+        return None
+    if len(known) == 1:
+        return _Number(known[0].value, _half_width(known[0]), known[0].higher_is_better)
+    values = [score.value for score in known]
+    return _Number(fmean(values), stdev(values), known[0].higher_is_better)
+
+
+def _table(heading: str, rows: Sequence[Sequence[Run]], group: Sequence[int], models: tuple[Run, ...] = ()) -> Table:
+    """Lay out those rows whose places are given, controls last; a row has one run, or one a classifier."""
+    places = sorted(group, key=lambda place: rows[place][0].spec.method.name in CONTROLS)
+    order = [rows[place] for place in places]
+    controls = [row[0].spec.method.name in CONTROLS for row in order]
+    scores = [[{(named(s.metric), s.higher_is_better): s for s in run.scores.scores} for run in row] for row in order]
+    columns: dict[tuple[str, bool], Column] = {}
+    for key, score in (item for row in scores for run in row for item in run.items()):
+        columns.setdefault(key, Column(score.metric, *key))
+    cells = [_cells([_number_of([run.get(key) for run in row]) for row in scores], controls) for key in columns]
+    seconds = [fmean(_pace(run) for run in row) for row in order]
+    times = [_seconds(value, min(3, digits((), [min(seconds)]))) for value in seconds]
+    made = [
+        Row(label, controls[i], tuple(cell[i] for cell in cells), times[i], order[i][0], places[i])
+        for i, label in enumerate(labels([row[0] for row in order]))
+    ]
+    return Table(heading, tuple(columns.values()), tuple(made), models)
+
+
+def _pace(run: Run) -> float:
+    """Return the seconds an image."""
+    return run.scores.seconds / len(run.scores.ids) if run.scores.ids else math.nan
+
+
+def _cells(numbers: Sequence[_Number | None], controls: Sequence[bool]) -> list[Cell]:
+    """Show one column with its best values marked."""
+    known = [number for number in numbers if number is not None]
+    decimals = digits([number.value for number in known], [number.half_width for number in known])
+    texts = [NOTHING if number is None else fixed(number.value, decimals) for number in numbers]
+    widths = [None if number is None else number.half_width for number in numbers]
+    best = _best(numbers, texts, controls)
     return [
         Cell(text, "" if width is None else fixed(width, decimals), text == best and not controls[i])
         for i, (text, width) in enumerate(zip(texts, widths, strict=True))
@@ -264,12 +314,12 @@ def _half_width(score: Score) -> float | None:
     return score.half_width if all(math.isfinite(value) for value in score.per_image) else None
 
 
-def _best(scores: Sequence[Score | None], texts: Sequence[str], controls: Sequence[bool]) -> str | None:
+def _best(numbers: Sequence[_Number | None], texts: Sequence[str], controls: Sequence[bool]) -> str | None:
     """Return the best number as shown; equal as shown is equally good, and where all are equal none is the best."""
     competing = {
-        score.value if score.higher_is_better else -score.value: text
-        for score, text, control in zip(scores, texts, controls, strict=True)
-        if score is not None and math.isfinite(score.value) and not control
+        number.value if number.higher_is_better else -number.value: text
+        for number, text, control in zip(numbers, texts, controls, strict=True)
+        if number is not None and math.isfinite(number.value) and not control
     }
     return competing[max(competing)] if len(set(competing.values())) > 1 else None
 
@@ -307,7 +357,8 @@ def _markdown(table: Table) -> str:
     if table.methods and table.controls:
         lines.append(_line(["*controls*", *[""] * (len(titles) - 1)]))
     lines += [_line(_row(row)) for row in table.controls]
-    notes = f"{summary(table)} Bold: the best method; ± half of the 95 % confidence interval."
+    spread = "the standard deviation over the classifiers" if table.models else "half of the 95 % confidence interval"
+    notes = f"{summary(table)} Bold: the best method; ± {spread}."
     return "\n".join([f"### {_cell(table.heading)}", "", _cell(notes), "", *lines, ""])
 
 

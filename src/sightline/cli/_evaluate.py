@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache, partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,8 +37,9 @@ def command(
     """Explain and score a data set with one or more methods, as SPEC.toml or the options say (options win).
 
     Writes a run a method (METHOD.json, with every argument, version and number), their pictures, table.csv and
-    table.md. A run that the output folder already holds for the same specification is kept, so that a stopped command
-    goes on where it was.
+    table.md. SPEC.toml may list several models, trained with several seeds, say: each gets a folder, and the table
+    shows means and standard deviations over them. A run that the output folder already holds for the same
+    specification is kept, so that a stopped command goes on where it was.
     """
     from rich.console import Console
 
@@ -49,14 +50,20 @@ def command(
     specs = specifications(spec, method, metric, rest)
     for checked in specs:
         named(checked)
-    opened = cache(partial(scene, specs[0]))
-    runs = [finished(one, opened, out, again, f"{i}/{len(specs)}") for i, one in enumerate(specs, 1)]
+    models = list(dict.fromkeys(str(one.model) for one in specs))
+    folders = {model: out / f"model-{i}" if len(models) > 1 else out for i, model in enumerate(models, 1)}
+    opened = lru_cache(1)(lambda model: scene(next(one for one in specs if str(one.model) == model)))
+    runs = [
+        finished(one, partial(opened, str(one.model)), folders[str(one.model)], again, f"{i}/{len(specs)}")
+        for i, one in enumerate(specs, 1)
+    ]
+    drawn = table.tables(runs) if len(models) == 1 else (table.across(runs),)
     write_text(out / "table.csv", table.csv(runs))
-    write_text(out / "table.md", table.markdown(runs))
+    write_text(out / "table.md", table.markdown(drawn))
     console = Console()
-    for drawn in table.tables(runs):
-        console.print(shown(drawn))
-        console.print(f"{table.summary(drawn)}\n")
+    for one in drawn:
+        console.print(shown(one))
+        console.print(f"{table.summary(one)}\n")
     click.echo(f"runs, table.csv and table.md are in {out}; `sightline report {out}` makes the page")
 
 

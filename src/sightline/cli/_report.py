@@ -15,7 +15,12 @@ def command(runs: tuple[Path, ...], out: Path, title: str | None) -> None:
     """Write one HTML page from RUN files or folders of them: table, curves, pictures, extremes, provenance."""
     from sightline.report import TITLE, write
 
-    files = [file for path in runs for file in (sorted(path.glob("*.json")) if path.is_dir() else [path])]
+    files = [file for path in runs for file in (files_of(path) if path.is_dir() else [path])]
     if not files:
         raise ValueError(f"no run in {', '.join(map(str, runs))}; `sightline evaluate` writes them")
     click.echo(write(files, out, title=title or TITLE))
+
+
+def files_of(folder: Path) -> list[Path]:
+    """Return the runs of a folder, and those of its models where `sightline evaluate` had several."""
+    return sorted([*folder.glob("*.json"), *folder.glob("model-*/*.json")])
