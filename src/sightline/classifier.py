@@ -19,6 +19,10 @@ IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """Mean and standard deviation of ImageNet's colors, red green blue in [0, 1]."""
 
 
+class UnsuitedError(ValueError):
+    """The network does not offer what a method needs; the message names methods that work."""
+
+
 @runtime_checkable
 class Method(Protocol):
     """What explains: every function, partial, combinator's closure and trained module that has this call."""
@@ -128,7 +132,7 @@ class Classifier:
         """Return the gradient of the score with respect to the images.
 
         Raises:
-            ValueError: the images do not reach the logits differentiably.
+            UnsuitedError: the images do not reach the logits differentiably.
         """
         check_images(x, self.channels)
         with differentiable(), frozen(self.model):
@@ -153,7 +157,8 @@ class Classifier:
         Costs one forward pass and the backward pass of what lies behind the layer.
 
         Raises:
-            ValueError: the layer did not run, or does not reach the logits.
+            ValueError: the layer did not run.
+            UnsuitedError: it does not reach the logits.
         """
         with differentiable(), frozen(self.model), cut(self.model, self.layer) as leaves:
             values = self.scores(x.detach().clone(), y, score)
@@ -208,11 +213,11 @@ def derivative(values: Values, leaf: Tensor, what: str) -> Tensor:
     """Return the derivative of the values' sum with respect to a leaf; `what` names it in the error.
 
     Raises:
-        ValueError: the leaf does not reach the values, or the network detaches.
+        UnsuitedError: the leaf does not reach the values, or the network detaches.
     """
     found = torch.autograd.grad(values.sum(), leaf, allow_unused=True)[0] if values.requires_grad else None
     if found is None:
-        raise ValueError(
+        raise UnsuitedError(
             f"{what} gets no gradient: it does not reach the logits, or the network detaches or runs under no_grad; "
             "choose another layer, or a method without gradients, such as score_cam"
         )

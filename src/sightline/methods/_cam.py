@@ -7,7 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sightline.classifier import Classifier, check_labels
+from sightline.classifier import Classifier, UnsuitedError, check_labels
 from sightline.types import Features, Images, Labels, Logits, Saliency
 
 
@@ -17,7 +17,7 @@ def cam(classifier: Classifier, x: Images, y: Labels | None = None, /) -> Salien
     S = sum_k w_ck A^k, (b, 1, i, j), signed (no ReLU in the definition), at the layer's resolution. One forward.
 
     Raises:
-        ValueError: the layer is not followed by global average pooling and one linear layer alone.
+        UnsuitedError: the layer is not followed by global average pooling and one linear layer alone.
     """
     A, logits = classifier.features_and_logits(x)
     w = head(classifier, A, logits)[check_labels(logits, y)]
@@ -28,7 +28,7 @@ def cams(classifier: Classifier, x: Images, classes: Int[Tensor, "b n"]) -> Floa
     """Return the CAM of several classes of each image, of one forward pass.
 
     Raises:
-        ValueError: as `cam`, or a class that the network does not have.
+        UnsuitedError, ValueError: as `cam`, or a class that the network does not have.
     """
     A, logits = classifier.features_and_logits(x)
     rows = [check_labels(logits, column) for column in classes.unbind(1)]
@@ -40,14 +40,14 @@ def head(classifier: Classifier, A: Features, logits: Logits) -> Tensor:
     """Return the (classes, channels) weights W for which logits = W mean(A) + bias, as this very batch shows.
 
     Raises:
-        ValueError: there is no such linear layer.
+        UnsuitedError: there is no such linear layer.
     """
     for weight, bias in linear_layers(classifier.model):
         if weight.shape[1] == A.shape[1] and len(weight) in (1, logits.shape[1]):
             again = F.linear(A.mean((2, 3)), weight, bias)
             if torch.allclose(again, logits[:, -len(weight) :], rtol=1e-3, atol=1e-3 * float(logits.abs().max())):
                 return torch.cat([torch.zeros_like(weight), weight]) if len(weight) < logits.shape[1] else weight
-    raise ValueError(
+    raise UnsuitedError(
         f"cam needs global average pooling and one linear layer behind {classifier.layer!r}, which "
         f"{type(classifier.model).__name__} does not have; grad_cam is its generalization to any network"
     )
