@@ -271,7 +271,7 @@ def test_exponent_must_be_positive(exponent):
         average_drop(exponent=exponent)
 
 
-@pytest.mark.parametrize("name", METRICS)
+@pytest.mark.parametrize("name", [name for name in METRICS if name != "mass"])
 def test_scored_class_must_be_known(name, plain):
     with pytest.raises(ValueError, match="expected scored='label' or scored='predicted', got 'top'"):
         METRICS[name](scored="top")
@@ -465,7 +465,7 @@ def test_metrics_are_found_by_attribute_only_if_they_exist():
 
 def test_a_measure_gives_doubles_without_graph():
     classifier, x = small(), noise(2, 3, H, W).requires_grad_()
-    for name in METRICS:
+    for name in METRICS.keys() - {"mass"}:  # which needs an annotation
         few = {"steps": 5} if METRICS[name]().width > 1 else {}
         found = METRICS[name](**few)(case(classifier, x, noise(2, 1, H, W, seed=1)))
         assert found.dtype == torch.float64

@@ -14,6 +14,7 @@ from sightline.types import Saliency, Values
 
 Mode: TypeAlias = Literal["nearest", "bilinear", "bilinear_corners", "bicubic"]
 Padding: TypeAlias = Literal["reflect", "replicate", "zeros"]
+Rule: TypeAlias = Literal["value", "energy", "mean"]
 
 
 def resize(
@@ -116,3 +117,73 @@ def box(mask: Bool[Tensor, "h w"]) -> tuple[int, int, int, int]:
     """Return the tightest half-open box x0 y0 x1 y1 around the true pixels; all zero where there are none."""
     rows, columns = (mask.any(axis).nonzero().flatten().tolist() for axis in (1, 0))
     return (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1) if rows else (0, 0, 0, 0)
+
+
+def scale(size: tuple[int, int], side: float = 224.0) -> float:
+    """Return how many pixels of an image of `size` = (height, width) stand for one of a `side` x `side` image.
+
+    sqrt(height width) / side: lengths that a paper gives for 224 pixels keep their share of the image's area.
+    """
+    return math.sqrt(size[0] * size[1]) / side
+
+
+def peak(saliency: Saliency) -> Float[Tensor, "b 2"]:
+    """Return the point x, y at which each map is highest; the mean of the points that share the maximum.
+
+    In cells of the map, in the frame of half-open boxes: the cell in row i and column j has its center at
+    (j + 0.5, i + 0.5). In float64; NaN for a map that holds NaN, the middle for a constant one.
+    """
+    top = (saliency == saliency.amax((2, 3), keepdim=True))[:, 0].double()
+    rows, columns = (torch.arange(n, device=top.device, dtype=top.dtype) + 0.5 for n in top.shape[1:])
+    points = torch.stack([(top * columns).sum((1, 2)), (top * rows[:, None]).sum((1, 2))], 1)
+    return points / top.sum((1, 2))[:, None]
+
+
+def threshold(saliency: Saliency, alpha: float, rule: Rule = "value") -> Bool[Tensor, "b 1 i j"]:
+    """Mark the cells of each map that a rule keeps (meaningful perturbation's weak localization).
+
+        value    h - min h >= alpha (max h - min h)
+        energy   the longest run of cells, the highest first, whose sum stays below alpha sum(h)
+        mean     h >= alpha mean(h)
+
+    `energy` leaves out the cell that crosses; equal cells go in row-major order, so a tie may be cut in two. Where a
+    map has negative values the run ends at the first crossing. Its sums are in float64.
+
+    Raises:
+        LookupError: an unknown rule.
+        ValueError: alpha below zero, or above one where it is a share (value, energy).
+    """
+    if rule not in ("value", "energy", "mean"):
+        raise LookupError(f"no threshold rule called {rule!r}; known: energy, mean, value")
+    if not 0 <= alpha <= (math.inf if rule == "mean" else 1):
+        raise ValueError(f"expected alpha {'>= 0' if rule == 'mean' else 'in [0, 1]'} for rule {rule!r}, got {alpha}")
+    if rule == "energy":
+        return strongest(saliency, alpha)
+    if rule == "mean":
+        return saliency >= alpha * saliency.mean((2, 3), keepdim=True)
+    low, high = saliency.amin((2, 3), keepdim=True), saliency.amax((2, 3), keepdim=True)
+    return saliency - low >= alpha * (high - low)
+
+
+def strongest(saliency: Saliency, alpha: float) -> Bool[Tensor, "b 1 i j"]:
+    """Mark the longest run of cells, the highest first, whose sum stays below the share `alpha` of the total."""
+    values, order = saliency.flatten(1).double().sort(dim=1, descending=True, stable=True)
+    sums = values.cumsum(1)
+    below = (sums < alpha * sums[:, -1:]).long().cumprod(1).bool()
+    return torch.zeros_like(below).scatter_(1, order, below).view(saliency.shape)
+
+
+def boxes(mask: Bool[Tensor, "b 1 i j"], size: tuple[int, int]) -> Float[Tensor, "b 4"]:
+    """Return the tightest half-open box x0 y0 x1 y1 around all true cells, in pixels of an image of `size`.
+
+    The mask is resized to (height, width) first, by nearest neighbor. No components: far-off cells count. An empty mask
+    gives the whole image.
+    """
+    shown = resize(mask.to(torch.float32), size, "nearest")[:, 0] > 0
+    (x0, x1), (y0, y1) = span(shown.any(1)), span(shown.any(2))
+    return torch.stack([x0, y0, x1, y1], 1).to(torch.float32)
+
+
+def span(line: Bool[Tensor, "b n"]) -> tuple[Tensor, Tensor]:
+    """Return the first true place of each line and one past the last; 0 and n where there is none."""
+    return line.int().argmax(1), line.shape[1] - line.flip(1).int().argmax(1)

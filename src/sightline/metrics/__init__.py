@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from sightline.metrics._mass import mass as mass
     from sightline.metrics._measure import Case as Case
     from sightline.metrics._measure import Measure as Measure
+    from sightline.metrics._minimality import minimality as minimality
+    from sightline.metrics._representativeness import representativeness as representativeness
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,21 @@ METRICS: Mapping[str, Entry] = {
         "Wang et al. 2020",
         "%",
         True,
+    ),
+    "minimality": Entry(
+        "sightline.metrics._minimality:minimality",
+        "share of the image in the smallest box around the map's peaks that hides the class",
+        "Fong and Vedaldi 2017",
+        "",
+        False,
+    ),
+    "representativeness": Entry(
+        "sightline.metrics._representativeness:representativeness",
+        "score left while the map's region is deleted from its peaks on",
+        "Fong and Vedaldi 2017",
+        "",
+        False,
+        "threshold on the mask",
     ),
 }
 
