@@ -19,7 +19,6 @@ from sightline.running import (
     KEPT,
     Recent,
     Relabeled,
-    file_name,
     labeled,
     named,
     run,
@@ -27,7 +26,7 @@ from sightline.running import (
     thumbnail,
     worth_showing,
 )
-from sightline.runs import Choice, Run, Score, Scores, Spec, describe, provenance
+from sightline.runs import Choice, Run, Score, Scores, Spec, describe, file_name, provenance
 
 TABLE = {
     "model": {"name": "mini_resnet", "classes": 20},
@@ -330,8 +329,8 @@ def test_thumbnails(size, expected):
 
 
 def test_file_names():
-    assert file_name(Choice("grad_cam")) == "grad_cam"
-    assert file_name(Choice("opti_cam", {"lr": 0.1, "path": "a/b"})) == "opti_cam-lr-0.1--path-a-b"
+    assert file_name(str(Choice("grad_cam"))) == "grad_cam"
+    assert file_name(str(Choice("opti_cam", {"lr": 0.1, "path": "a/b"}))) == "opti_cam-lr-0.1--path-a-b"
 
 
 # Errors

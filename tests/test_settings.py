@@ -11,10 +11,10 @@ from torch import nn
 
 from sightline.classifier import SCORES, probability
 from sightline.erase import blur
-from sightline.methods import METHODS
+from sightline.methods import METHODS, edge, gradient, mean, smooth
 from sightline.metrics import METRICS
-from sightline.runs import arguments
-from sightline.settings import bind
+from sightline.runs import Choice, arguments
+from sightline.settings import bind, method_of
 
 if TYPE_CHECKING:
     from decimal import Decimal
@@ -213,6 +213,51 @@ def test_functions_that_are_not_ours():
 
 
 def test_numbers_are_no_scores_by_accident():
-    for name, entry in METRICS.items():
+    for name in ("average_drop", "average_increase", "average_gain", "insertion", "deletion"):
+        entry = METRICS[name]
         with pytest.raises(LookupError, match=f"{name}: scored: no choice called 'labl'; did you mean label"):
             bind(entry.metric, {"scored": "labl"})
+
+
+def test_a_method_has_its_settings_and_a_seed_where_it_draws():
+    method, signed = method_of(Choice("opti_cam", {"steps": 3}), seed=4)
+    assert arguments(method)["steps"] == 3
+    assert not signed
+    assert method_of(Choice("cam"))[1]
+    assert arguments(method_of(Choice("rise"), seed=4)[0])["seed"] == 4
+    assert arguments(method_of(Choice("rise", {"seed": 5}), seed=4)[0])["seed"] == 5
+
+
+def test_methods_are_combined_by_name(pooled, x):
+    text = "mean(smooth(gradient?score=probability)?samples=2&noise=0.5, edge)"
+    method, signed = method_of(Choice.parse(text), seed=7)
+    by_hand = mean(smooth(partial(gradient, score=probability), samples=2, noise=0.5, seed=7), edge)
+    assert torch.equal(method(pooled, x), by_hand(pooled, x))
+    assert arguments(method) == arguments(by_hand)
+    assert "seed=7" in str(arguments(method))
+    assert not signed
+    assert method_of(Choice("smooth(cam)"))[1]
+    assert method_of(Choice("contrast(grad_cam)", {"against": 1}))[1]
+
+
+def test_classes_as_keys_of_a_table_are_numbers():
+    method, _ = method_of(Choice("over(grad_cam)", {"classes": {"0": [1, 2], "3": [4]}}))
+    assert arguments(method)["classes"] == {"0": [1, 2], "3": [4]}
+    assert method.keywords["classes"] == {0: [1, 2], 3: [4]}
+
+
+@pytest.mark.parametrize(
+    ("text", "error", "message"),
+    [
+        ("smooth", LookupError, r"smooth makes a method of others; write smooth\(grad_cam\), say"),
+        ("smoth(gradient)", LookupError, "no combinator called 'smoth'; did you mean smooth"),
+        ("smooth(gradent)", LookupError, "no method called 'gradent'; did you mean gradient"),
+        ("smooth(gradient", ValueError, r"expected combinator\(method, ...\), got 'smooth\(gradient'"),
+        ("smooth(gradient, cam)", ValueError, "smooth takes one method, got 2"),
+        ("smooth(gradient)?smples=3", LookupError, "smooth: no setting called 'smples'; did you mean samples"),
+        ("contrast(cam)", ValueError, r"contrast needs against=; write contrast\(cam\)\?against=..."),
+    ],
+)
+def test_what_is_wrong_with_a_combination_is_said(text, error, message):
+    with pytest.raises(error, match=message):
+        method_of(Choice.parse(text))

@@ -32,9 +32,9 @@ from sightline.evaluation import checked, finite
 from sightline.maps import degenerate, resize, unit
 from sightline.methods import METHODS, Entry
 from sightline.models import load as load_model
-from sightline.registry import find, unknown
-from sightline.runs import arguments, provenance, unbound, write_bytes, write_text
-from sightline.settings import bind
+from sightline.registry import unknown
+from sightline.runs import Choice, arguments, file_name, provenance, unbound, write_bytes, write_text
+from sightline.settings import bind, method_of
 from sightline.types import Images, Labels, Saliency, Values
 
 Target: TypeAlias = int | str | Sequence[int | str] | Tensor | None
@@ -96,7 +96,7 @@ class Explanation:
         """
         written: list[Path] = []
         for index, name in enumerate(self.names):
-            stem = Path(folder) / f"{Path(name).stem}-{self.spec['method']}"
+            stem = Path(folder) / f"{Path(name).stem}-{file_name(self.spec['method'])}"
             if self.problems[index] is None:
                 written.append(write_bytes(stem.with_name(stem.name + ".png"), viz.png(self.overlay(index))))
             written.append(write_bytes(stem.with_name(stem.name + ".npy"), npy(self.raw[index, 0])))
@@ -129,7 +129,7 @@ def explain(
     model: nn.Module | Classifier | str,
     images: Any,
     target: Target = None,
-    method: str | Method = "grad_cam",
+    method: str | Choice | Method = "grad_cam",
     *,
     normalization: Normalization | None = None,
     layer: str | nn.Module | None = None,
@@ -143,7 +143,8 @@ def explain(
         images: a path, a Pillow image, an array or a tensor, or a list of them. Paths, pictures and arrays are resized
             to the classifier's size; float tensors (3, h, w) or (b, 3, h, w) in [0, 1] are taken as they are.
         target: the class to explain, by number or name, one for all or one an image; by default the predicted one.
-        method: the name of a method, or any function `(classifier, x, y) -> saliency`.
+        method: the name of a method, of methods combined (`"smooth(gradient)"`), or any function
+            `(classifier, x, y) -> saliency`.
         normalization: how a bare network wants its images: `"imagenet"`, `"none"` or (mean, std).
         layer: the layer to explain, by name or as a module; by default the last one that lies on the image.
         resize_policy: `"direct"` squashes a picture to the classifier's size, `"crop"` takes its center.
@@ -181,15 +182,15 @@ def seen(model: nn.Module | Classifier | str, classifier: Classifier, x: Images)
     }
 
 
-def chosen(method: str | Method, settings: Mapping[str, Any]) -> tuple[str, Callable[..., Any], bool]:
+def chosen(method: str | Choice | Method, settings: Mapping[str, Any]) -> tuple[str, Callable[..., Any], bool]:
     """Return a method's name, the method with its settings, and whether its maps are signed.
 
     Raises:
         LookupError, TypeError: no such method or setting, or a setting that does not fit.
     """
-    if isinstance(method, str):
-        entry = find(method, METHODS, "methods")
-        return method, bind(entry.method, settings), entry.signed
+    if isinstance(method, str | Choice):
+        given = Choice.parse(method) if isinstance(method, str) else method
+        return given.name, *method_of(Choice(given.name, {**given.settings, **settings}))
     function: Callable[..., Any] = method.method if isinstance(method, Entry) else method
     inner = unbound(function)
     name = getattr(inner, "__name__", type(inner).__name__).strip("<>")

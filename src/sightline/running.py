@@ -3,9 +3,8 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from inspect import signature
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -18,14 +17,11 @@ from sightline.evaluation import Explain, Log, Subject, check_explain, checked, 
 from sightline.explanation import laid
 from sightline.images import fit
 from sightline.maps import degenerate
-from sightline.methods import METHODS
 from sightline.metrics import METRICS, Measure
 from sightline.registry import find, load, unknown
-from sightline.runs import Choice, Run, Scores, Spec, arguments, describe, provenance, write_bytes
-from sightline.settings import bind
+from sightline.runs import Choice, Run, Scores, Spec, arguments, describe, file_name, provenance, write_bytes
+from sightline.settings import bind, method_of, seeded
 from sightline.types import Images, Labels, Saliency
-
-T = TypeVar("T")
 
 SHOWN = 8
 """How many images of a run get a picture, besides the best and the worst."""
@@ -112,17 +108,11 @@ def named(spec: Spec) -> tuple[Method, dict[str, Callable[..., Measure]]]:
     if twice := [name for name in listed if listed.count(name) > 1]:
         raise ValueError(f"the metric {twice[0]} is listed twice")
     find(spec.data.name, DATASETS, "datasets")
-    method = chosen(find(spec.method.name, METHODS, "methods").method, spec.method, spec.seed)
-    factories = {str(c): chosen(find(c.name, METRICS, "metrics").metric, c, spec.seed) for c in spec.metrics}
+    method, _ = method_of(spec.method, spec.seed)
+    factories = {str(c): seeded(find(c.name, METRICS, "metrics").metric, c.settings, spec.seed) for c in spec.metrics}
     for factory in factories.values():
         factory()
     return method, factories
-
-
-def chosen(function: Callable[..., T], choice: Choice, seed: int) -> Callable[..., T]:
-    """Return the function with the settings of a choice; the specification's seed where it takes one of its own."""
-    seeds = {"seed": seed} if "seed" in signature(function).parameters else {}
-    return bind(function, {**seeds, **choice.settings})
 
 
 def reader_of(choice: Choice, classifier: Classifier) -> Callable[[], Dataset]:
@@ -217,7 +207,7 @@ def run(
 def draw(spec: Spec, on: Scene, method: Method, scores: Scores, folder: Path) -> dict[str, dict[str, str]]:
     """Write image and overlay of the first images and of the best and worst ones; return their files by image."""
     pictures: dict[str, dict[str, str]] = {}
-    signed = find(spec.method.name, METHODS, "methods").signed
+    _, signed = method_of(spec.method)
     indices = worth_showing(scores)
     for batch in batches(on.samples, spec.batch, indices):
         subject = Subject(method, on.classifier, batch.to(on.classifier.device), Log())
@@ -226,7 +216,7 @@ def draw(spec: Spec, on: Scene, method: Method, scores: Scores, folder: Path) ->
             index, image = scores.ids.index(name), thumbnail(x)
             pictures[name] = {"image": put(folder, f"{index}.jpg", image)}
             if degenerate(raw[None])[0] is None:
-                file = f"{index}-{file_name(spec.method)}.jpg"
+                file = f"{index}-{file_name(str(spec.method))}.jpg"
                 pictures[name]["overlay"] = put(folder, file, laid(image, raw, signed=signed))
     return pictures
 
@@ -252,8 +242,3 @@ def put(folder: Path, name: str, image: Tensor) -> str:
     """Write a thumbnail and return its name."""
     write_bytes(folder / name, viz.jpeg(image))
     return f"{folder.name}/{name}"
-
-
-def file_name(choice: Choice) -> str:
-    """Return a choice as a file name: letters, digits, and - for the rest."""
-    return "".join(letter if letter.isalnum() or letter in "_." else "-" for letter in str(choice)).strip("-")

@@ -284,6 +284,11 @@ def describe(value: Any) -> Any:
     return getattr(value, "__name__", None) or str(value)
 
 
+def file_name(text: str) -> str:
+    """Return a text as a file name: letters, digits, and - for the rest."""
+    return "".join(letter if letter.isalnum() or letter in "_." else "-" for letter in text).strip("-")
+
+
 def provenance() -> dict[str, Any]:
     """Return versions and machine: what else a number may depend on."""
     return {

@@ -7,10 +7,11 @@ from inspect import Parameter, signature
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from sightline.classifier import SCORES
+from sightline.classifier import SCORES, Method
 from sightline.erase import ERASERS, resolve
+from sightline.methods import COMBINATORS, METHODS
 from sightline.registry import find, unknown
-from sightline.runs import Choice, unbound
+from sightline.runs import Choice, split, unbound
 
 T = TypeVar("T")
 
@@ -18,6 +19,39 @@ VARIADIC = (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
 
 WORDS: Mapping[Any, str] = {NoneType: "None", abc.Callable: "a function", abc.Sequence: "a list", tuple: "a list"}
 """How a kind is called in a message, where it has a better name than its own."""
+
+
+def seeded(function: Callable[..., T], settings: Mapping[str, Any], seed: int | None) -> Callable[..., T]:
+    """Return the function with its settings; with `seed` too where it draws and the settings do not say how."""
+    own = {} if seed is None or "seed" not in signature(function).parameters else {"seed": seed}
+    return bind(function, {**own, **settings})
+
+
+def method_of(choice: Choice, seed: int | None = None) -> tuple[Method, bool]:
+    """Return the method that a choice stands for, with its settings, and whether its maps are signed.
+
+    A combinator has its methods in parentheses, each with settings of its own: `smooth(gradient)`,
+    `mean(grad_cam, opti_cam?steps=20)`.
+
+    Raises:
+        LookupError, TypeError, ValueError: an unknown name or setting, or one that does not fit.
+    """
+    outer, opened, inner = choice.name.partition("(")
+    if not opened:
+        if outer in COMBINATORS and outer not in METHODS:
+            raise LookupError(f"{outer} makes a method of others; write {outer}(grad_cam), say")
+        entry = find(outer, METHODS, "methods")
+        return seeded(entry.method, choice.settings, seed), entry.signed
+    if not inner.endswith(")"):
+        raise ValueError(f"expected combinator(method, ...), got {choice.name!r}")
+    combinator = find(outer, COMBINATORS, "combinators")
+    parts = [method_of(Choice.parse(text.strip()), seed) for text in split(inner[:-1], ",")]
+    if combinator.takes == "one" and len(parts) > 1:
+        raise ValueError(f"{outer} takes one method, got {len(parts)} in {choice.name!r}")
+    if missing := [name for name in combinator.needs if name not in choice.settings]:
+        raise ValueError(f"{outer} needs {missing[0]}=; write {choice.name}?{missing[0]}=...")
+    combined: Method = seeded(combinator.combinator, choice.settings, seed)(*(method for method, _ in parts))
+    return combined, combinator.signed or any(signed for _, signed in parts)
 
 
 def bind(function: Callable[..., T], settings: Mapping[str, Any]) -> Callable[..., T]:
@@ -58,6 +92,8 @@ def interpreted(name: str, value: Any, hint: Any) -> Any:
         return float(value)
     if name == "score" and isinstance(value, str):
         return find(value, SCORES, "scores")
+    if name != "erase" and isinstance(value, Mapping):  # a class's number is text where TOML has it as a key
+        return {int(key) if str(key).isdecimal() else key: item for key, item in value.items()}
     if name != "erase" or not isinstance(value, str | Mapping):
         return value
     choice = Choice.of(value)

@@ -53,10 +53,13 @@ def command(
     models = list(dict.fromkeys(str(one.model) for one in specs))
     folders = {model: out / f"model-{i}" if len(models) > 1 else out for i, model in enumerate(models, 1)}
     opened = lru_cache(1)(lambda model: scene(next(one for one in specs if str(one.model) == model)))
-    runs = [
-        finished(one, partial(opened, str(one.model)), folders[str(one.model)], again, f"{i}/{len(specs)}")
+    made = [
+        finished(
+            one, partial(opened, str(one.model)), folders[str(one.model)], again, "all" in method, f"{i}/{len(specs)}"
+        )
         for i, one in enumerate(specs, 1)
     ]
+    runs = [one for one in made if one is not None]
     drawn = table.tables(runs) if len(models) == 1 else (table.across(runs),)
     write_text(out / "table.csv", table.csv(runs))
     write_text(out / "table.md", table.markdown(drawn))
@@ -96,26 +99,38 @@ def plain(spec: "Spec") -> dict[str, Any]:
     return {name: getattr(spec, name) for name in spec.__dataclass_fields__}
 
 
-def finished(spec: "Spec", opened: "Callable[[], Scene]", out: Path, again: bool, place: str) -> "Run":
-    """Return the run of a specification: the one in the output folder, or a new one, written there."""
-    from sightline.cli._options import bar
-    from sightline.running import file_name, run
-    from sightline.runs import Run
+def finished(
+    spec: "Spec", opened: "Callable[[], Scene]", out: Path, again: bool, lenient: bool, place: str
+) -> "Run | None":
+    """Return the run of a specification: the one in the output folder, or a new one, written there.
 
-    path = out / f"{file_name(spec.method)}.json"
+    None, if lenient, where the network does not suit the method; that is said.
+    """
+    from sightline.classifier import UnsuitedError
+    from sightline.cli._options import bar
+    from sightline.running import run
+    from sightline.runs import Run, file_name
+
+    path = out / f"{file_name(str(spec.method))}.json"
     if path.exists() and not again:
         kept = Run.read(path)
         if kept.spec == spec:
             click.echo(f"kept {path}", err=True)
             return kept
-    with bar() as progress:
-        task = progress.add_task(f"{place} {spec.method}", total=None, note="")
-        made = run(
-            spec,
-            on=opened(),
-            folder=out / f"{file_name(spec.method)}-pictures",
-            report=lambda done, count: progress.update(task, completed=done, total=count),
-        )
+    try:
+        with bar() as progress:
+            task = progress.add_task(f"{place} {spec.method}", total=None, note="")
+            made = run(
+                spec,
+                on=opened(),
+                folder=out / f"{file_name(str(spec.method))}-pictures",
+                report=lambda done, count: progress.update(task, completed=done, total=count),
+            )
+    except UnsuitedError as error:
+        if not lenient:
+            raise
+        click.echo(f"skipped {spec.method}: {error}", err=True)
+        return None
     for file, reason in made.skipped.items():
         click.echo(f"skipped {file}: {reason}", err=True)
     made.write(path)

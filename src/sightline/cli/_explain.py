@@ -1,5 +1,6 @@
 """`sightline explain`: from pictures to maps."""
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -8,8 +9,9 @@ import click
 from sightline.cli._options import SETTING
 
 if TYPE_CHECKING:
-    from sightline.classifier import Classifier, Method
+    from sightline.classifier import Classifier
     from sightline.explanation import Explanation
+    from sightline.runs import Choice
 
 PICTURES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"}
 
@@ -36,27 +38,32 @@ def command(
     """Explain each IMAGE (a picture or a folder of them) and write NAME-METHOD.png (overlay), .npy (raw map) and .json
     (specification, class, score) into the output folder; several maps also make a contact sheet, sheet.png.
 
-    A method may carry its own settings: --method "opti_cam?steps=50&objective=diff".
+    A method may carry its own settings, --method "opti_cam?steps=50&objective=diff", and others in parentheses:
+    --method "smooth(gradient)?samples=20". Of all methods, those that the network does not suit are skipped.
     """
     from sightline import models
     from sightline.cli._options import bar, methods
-    from sightline.methods import METHODS
-    from sightline.registry import find
-    from sightline.settings import bind
+    from sightline.settings import method_of
 
-    chosen = [bind(find(one.name, METHODS, "methods").method, one.settings) for one in methods(method, settings)]
+    chosen = methods(method, settings)
+    for one in chosen:
+        method_of(one)
     files = [file for image in images for file in pictures(image)]
     classifier = models.load(model)
     classifier = classifier if layer is None else classifier.at(layer)
     folders = places(files, out)
     made: list[list[Explanation | None]] = []
     skipped: dict[str, str] = {}
+    explained = partial(
+        attempt, classifier, target=target, resize=resize, model=model, lenient="all" in method, skipped=skipped
+    )
     with bar() as progress:
         task = progress.add_task("explaining", total=len(files) * len(chosen), note="")
         for file, folder in zip(files, folders, strict=True):
             row: list[Explanation | None] = []
             for one in chosen:
-                row.append(attempt(classifier, file, one, target=target, resize=resize, model=model, skipped=skipped))
+                progress.update(task, note=str(one))
+                row.append(explained(file, one))
                 progress.advance(task)
                 if row[-1] is not None:
                     row[-1].save(folder)
@@ -90,16 +97,18 @@ def places(files: list[Path], out: Path) -> list[Path]:
 def attempt(
     classifier: "Classifier",
     file: Path,
-    method: "Method",
+    method: "Choice",
     *,
     target: str | None,
     resize: str,
     model: str,
+    lenient: bool,
     skipped: dict[str, str],
 ) -> "Explanation | None":
-    """Explain one picture; a broken file is noted and skipped."""
+    """Explain one picture; a broken file is noted and skipped, and so, if lenient, is an unsuited method."""
     from dataclasses import replace
 
+    from sightline.classifier import UnsuitedError
     from sightline.explanation import explain
     from sightline.images import ImageError
 
@@ -107,6 +116,11 @@ def attempt(
         made = explain(classifier, str(file), target, method, resize_policy=resize)
     except ImageError as error:
         skipped[str(file)] = str(error)
+        return None
+    except UnsuitedError as error:
+        if not lenient:
+            raise
+        skipped[str(method)] = str(error)
         return None
     return replace(made, spec={**made.spec, "model": model})
 
