@@ -30,7 +30,7 @@ check: setup
 	$(BIN)/pyright
 
 bench: setup
-	$(BIN)/python benchmarks/cam.py
+	$(BIN)/python benchmarks/methods.py
 
 docs: setup
 	$(BIN)/python docs/make.py

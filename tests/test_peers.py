@@ -1,4 +1,4 @@
-"""Agreement with captum and pytorch-grad-cam where they are right, and what they get wrong where they are not.
+"""Agreement with captum, pytorch-grad-cam and torch-cam where they are right, and what they get wrong elsewhere.
 
 pytorch-grad-cam is not always installed (it asks for another build of OpenCV); its values on one small network, whose
 weights are a formula, are therefore kept here, compared with ours always and with the package where it can be imported.
@@ -224,3 +224,31 @@ def test_the_kept_values_of_pytorch_grad_cam_agree(peer):
 @pytest.mark.parametrize("peer", [*GRAD_CAMS, "GradCAMPlusPlus"])
 def test_the_kept_values_are_those_of_pytorch_grad_cam(peer):
     assert peer_map(peer, *formula()).flatten().tolist() == pytest.approx(REFERENCE[peer], abs=2e-6)
+
+
+TORCH_CAMS = {"GradCAM": "grad_cam", "XGradCAM": "x_grad_cam", "LayerCAM": "layer_cam"}
+
+
+def torch_cam(name, classifier, x, y, **settings):
+    """Return a raw map of torch-cam on the layer's grid."""
+    package = pytest.importorskip("torchcam.methods", reason="torch-cam is not installed")
+    with getattr(package, name)(classifier.model, classifier.layer, **settings) as peer:
+        maps = peer(y.tolist(), classifier.model(x.clone().requires_grad_()), normalized=False)
+    return maps[0][:, None]
+
+
+@pytest.mark.parametrize("peer", TORCH_CAMS)
+def test_torch_cam_agrees(peer, unnormalized, x, y):
+    saliency = getattr(methods, TORCH_CAMS[peer])(unnormalized, x, y)
+    assert saliency.amax() > 0
+    expected = torch_cam(peer, unnormalized, x, y)
+    if peer == "XGradCAM":  # its denominator has an epsilon
+        torch.testing.assert_close(unit(expected), unit(saliency), rtol=0, atol=1e-4)
+    else:
+        torch.testing.assert_close(expected, saliency, rtol=1e-9, atol=1e-12)
+
+
+def test_torch_cam_agrees_on_cam(pooled, x, y):
+    classifier = wrap(pooled.model, layer="last", normalization="none", size=SIZE)
+    expected = torch_cam("CAM", classifier, x, y, fc_layer="head")
+    torch.testing.assert_close(expected, methods.cam(classifier, x, y), rtol=1e-9, atol=1e-12)
