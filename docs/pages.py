@@ -19,6 +19,7 @@ from sightline import viz
 from sightline.classifier import Classifier
 from sightline.datasets import creatures
 from sightline.explanation import laid
+from sightline.maps import degenerate
 from sightline.methods import COMBINATORS, METHODS
 from sightline.models import load
 from sightline.runs import Choice
@@ -92,14 +93,19 @@ def index() -> str:
 
 
 def picture(name: str, classifiers: dict[str, Classifier]) -> bytes:
-    """Return the map of each shown creature over it."""
+    """Return the map of each shown creature over it; the creature alone where a map says nothing."""
     method, signed = method_of(example(name))
     needs = METHODS[name].needs if name in METHODS else ()
     classifier = classifiers["transformer" if "attention" in needs else "cnn"]
     dataset, large = creatures("test", size=64), creatures("test", size=224)
     samples = [dataset[index] for index in SHOWN]
     maps = method(classifier, torch.stack([s.image for s in samples]), torch.tensor([s.label for s in samples]))
-    cells = [laid(large[index].image, raw.detach(), signed=signed) for index, raw in zip(SHOWN, maps, strict=True)]
+    photos = [large[index].image for index in SHOWN]
+    empty = degenerate(maps)
+    cells = [
+        photo if nothing else laid(photo, raw.detach(), signed=signed)
+        for photo, raw, nothing in zip(photos, maps, empty, strict=True)
+    ]
     return viz.jpeg(torch.cat(cells, 2))
 
 

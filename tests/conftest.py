@@ -66,6 +66,7 @@ class Tokens(nn.Module):
         if trained:
             nn.init.uniform_(self.norm1.weight, 0.5, 1.5)
             nn.init.uniform_(self.norm1.bias, -0.5, 0.5)
+        self.drop = nn.Dropout(0.5)
         self.head = nn.Linear(width, classes)
 
     def forward(self, x):
@@ -73,7 +74,7 @@ class Tokens(nn.Module):
         a = self.norm1(t)
         t = t + self.attention(a, a, a, need_weights=False)[0]
         t = t + self.mlp(self.norm2(t))
-        return self.head(self.norm(t)[:, 0])
+        return self.head(self.drop(self.norm(t)[:, 0]))
 
 
 @dataclass(frozen=True)
