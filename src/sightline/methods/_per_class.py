@@ -1,7 +1,8 @@
 """Per class. The maps of several classes of each image, in one call."""
 
 from collections.abc import Callable, Mapping
-from typing import TypeAlias
+from functools import partial
+from typing import Any, TypeAlias
 
 import torch
 from jaxtyping import Float, Int
@@ -9,21 +10,25 @@ from torch import Tensor
 
 from sightline.classifier import Classifier, Method
 from sightline.methods._cam import cam, cams
+from sightline.methods._rise import rise, rises
 from sightline.types import Images
 
 PerClass: TypeAlias = Callable[[Classifier, Images, Int[Tensor, "b n"]], Float[Tensor, "b n _i _j"]]
 
-ONE_PASS: Mapping[Method, PerClass] = {cam: cams}
-"""Methods that give all classes at the price of one."""
+ONE_PASS: Mapping[Callable[..., Any], PerClass] = {cam: cams, rise: rises}
+"""Methods that give all classes at the price of one, and the functions that do; settings have the same names."""
 
 
 def per_class(method: Method) -> PerClass:
     """Return the function (classifier, x, classes (b, n)) -> maps (b, n, i, j): map n of an image explains its class n.
 
-    One call of the method a column of `classes`; a single one for methods with a one-pass form (`cam`).
+    One call of the method a column of `classes`; a single one for methods with a one-pass form (`cam`, `rise`), with
+    settings too: `partial(rise, samples=100)`.
     """
 
     def explain(classifier: Classifier, x: Images, classes: Int[Tensor, "b n"]) -> Float[Tensor, "b n _i _j"]:
         return torch.cat([method(classifier, x, column) for column in classes.unbind(1)], 1)
 
-    return ONE_PASS.get(method, explain)
+    configured = method if isinstance(method, partial) and not method.args else partial(method)
+    together = next((maps for known, maps in ONE_PASS.items() if known is configured.func), None)
+    return partial(together, **configured.keywords) if together else explain
