@@ -328,7 +328,8 @@ def test_the_gradient_flows_through_minimum_and_maximum(curved, x, y):
 def test_a_constant_map_is_finite(curved, x, y):
     """n(constant) = 0, so the mask is black and no gradient comes back: the weights stay equal."""
     flat = replace(curved, to_grid=lambda output, x: torch.ones_like(output))
-    assert torch.equal(opti_cam(flat, x, y, steps=3), torch.ones(3, 1, 12, 16, dtype=torch.float64))
+    ones = torch.ones(3, 1, 12, 16, dtype=torch.float64)
+    torch.testing.assert_close(opti_cam(flat, x, y, steps=3), ones, rtol=0, atol=1e-15)
     zero = replace(curved, to_grid=lambda output, x: torch.zeros_like(output))
     for normalization in ("range", "max", "sigmoid"):
         assert not opti_cam(zero, x, y, steps=3, normalization=normalization).any()

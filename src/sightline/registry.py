@@ -27,6 +27,17 @@ def find(name: str, ours: Mapping[str, T], group: str) -> T:
     raise LookupError(unknown(name, [*ours, *plugins], group.removesuffix("s")))
 
 
+def chosen(name: str, choices: Mapping[str, T], kind: str) -> T:
+    """Return the choice called `name`.
+
+    Raises:
+        LookupError: no such choice.
+    """
+    if name not in choices:
+        raise LookupError(unknown(name, choices, kind))
+    return choices[name]
+
+
 def unknown(name: str, known: Iterable[str], kind: str) -> str:
     """Say that `name` is no `kind`, and which names are near it."""
     names = sorted(known)

@@ -11,9 +11,13 @@ from sightline.registry import load
 if TYPE_CHECKING:
     from sightline.classifier import Classifier, Method
     from sightline.methods._ablation_cam import ablation_cam as ablation_cam
+    from sightline.methods._binary_mask import binary_mask as binary_mask
     from sightline.methods._calm_integrated_gradients import calm_integrated_gradients as calm_integrated_gradients
     from sightline.methods._cam import cam as cam
     from sightline.methods._center import center as center
+    from sightline.methods._contrast import contrast as contrast
+    from sightline.methods._crops import disc_crop as disc_crop
+    from sightline.methods._crops import random_crop as random_crop
     from sightline.methods._deconvnet import deconvnet as deconvnet
     from sightline.methods._edge import edge as edge
     from sightline.methods._eigen_cam import eigen_cam as eigen_cam
@@ -23,6 +27,7 @@ if TYPE_CHECKING:
     from sightline.methods._excitation_backprop import excitation_backprop as excitation_backprop
     from sightline.methods._extremal_perturbation import extremal_perturbation as extremal_perturbation
     from sightline.methods._fake_cam import fake_cam as fake_cam
+    from sightline.methods._flip_and_scale import flip_and_scale as flip_and_scale
     from sightline.methods._full_grad import full_grad as full_grad
     from sightline.methods._generic_attention import generic_attention as generic_attention
     from sightline.methods._grad_cam import grad_cam as grad_cam
@@ -36,16 +41,22 @@ if TYPE_CHECKING:
     from sightline.methods._integrated_gradients import integrated_gradients as integrated_gradients
     from sightline.methods._layer_cam import layer_cam as layer_cam
     from sightline.methods._lime import lime as lime
+    from sightline.methods._mean import mean as mean
     from sightline.methods._meaningful_perturbation import layer_perturbation as layer_perturbation
     from sightline.methods._meaningful_perturbation import meaningful_perturbation as meaningful_perturbation
     from sightline.methods._occlusion import occlusion as occlusion
     from sightline.methods._opti_cam import opti_cam as opti_cam
+    from sightline.methods._over import over as over
+    from sightline.methods._patches import disc_patch as disc_patch
+    from sightline.methods._patches import random_patch as random_patch
     from sightline.methods._per_class import per_class as per_class
+    from sightline.methods._product import product as product
     from sightline.methods._random import random as random
     from sightline.methods._raw_attention import raw_attention as raw_attention
     from sightline.methods._rise import rise as rise
     from sightline.methods._rollout import rollout as rollout
     from sightline.methods._score_cam import score_cam as score_cam
+    from sightline.methods._smooth import smooth as smooth
     from sightline.methods._smooth_grad import smooth_grad as smooth_grad
     from sightline.methods._smooth_grad import smooth_grad_squared as smooth_grad_squared
     from sightline.methods._smooth_grad import var_grad as var_grad

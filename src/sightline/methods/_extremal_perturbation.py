@@ -15,8 +15,8 @@ from sightline.classifier import Classifier, derivative, logit
 from sightline.erase import Eraser
 from sightline.hooks import differentiable, frozen
 from sightline.maps import blur
-from sightline.methods._opti_cam import chosen
 from sightline.methods._pyramid import Blend, between, levels_of
+from sightline.registry import chosen
 from sightline.types import Images, Labels, Saliency, Score, Values
 
 Game: TypeAlias = Literal["preservation", "deletion", "hybrid"]

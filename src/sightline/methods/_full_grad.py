@@ -12,8 +12,8 @@ from torch.nn import functional as F
 from sightline.classifier import Classifier, UnsuitedError, logit
 from sightline.hooks import substituted
 from sightline.maps import resize, unit
-from sightline.methods._opti_cam import chosen
 from sightline.methods._rectified import on_gradient
+from sightline.registry import chosen
 from sightline.types import Features, Images, Labels, Saliency, Score, Values
 
 Rescale: TypeAlias = Literal["channel", "layer", "none"]

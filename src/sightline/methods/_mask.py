@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sightline.classifier import derivative
 from sightline.maps import blur, degenerate, resize
-from sightline.methods._opti_cam import chosen
+from sightline.registry import chosen
 from sightline.types import Saliency, Values
 
 Game: TypeAlias = Literal["deletion", "preservation"]

@@ -16,8 +16,8 @@ from sightline.erase import Eraser
 from sightline.hooks import cut, differentiable, edit, frozen
 from sightline.maps import blur, resize
 from sightline.methods._mask import Game, Search, Start, Variation, settled
-from sightline.methods._opti_cam import chosen
 from sightline.methods._pyramid import Blend, between, levels_of
+from sightline.registry import chosen
 from sightline.types import Images, Labels, Logits, Saliency, Score, Values
 
 BlurGrad: TypeAlias = Literal["exact", "straight_through"]

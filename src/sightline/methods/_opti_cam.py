@@ -1,7 +1,7 @@
 """Opti-CAM. Zhang et al., Opti-CAM: optimizing saliency maps for interpretability, CVIU 2024."""
 
 from collections.abc import Callable, Mapping
-from typing import Literal, TypeAlias, TypeVar
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -10,14 +10,12 @@ from sightline.classifier import Classifier, check_labels, derivative, logit
 from sightline.erase import Eraser, mix, resolve
 from sightline.hooks import differentiable, frozen
 from sightline.maps import resize, unit
-from sightline.registry import unknown
+from sightline.registry import chosen
 from sightline.types import Features, Images, Labels, Saliency, Score, Values
 
 Objective: TypeAlias = Literal["mask", "diff", "io_mask", "io_diff"]
 Normalization: TypeAlias = Literal["range", "max", "sigmoid"]
 Start: TypeAlias = Literal["constant", "grad_cam"]
-
-T = TypeVar("T")
 
 START = 0.5
 """The official code's first u; softmax makes any constant the same."""
@@ -156,14 +154,3 @@ OBJECTIVES: Mapping[str, Callable[[Values, Values, Callable[[], Values]], Values
     "io_mask": lambda p, o, q: o - q(),
     "io_diff": lambda p, o, q: -(p - o).abs() + (p - q()).abs(),
 }
-
-
-def chosen(name: str, choices: Mapping[str, T], kind: str) -> T:
-    """Return the choice called `name`.
-
-    Raises:
-        LookupError: no such choice.
-    """
-    if name not in choices:
-        raise LookupError(unknown(name, choices, kind))
-    return choices[name]
