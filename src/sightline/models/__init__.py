@@ -89,7 +89,6 @@ __all__ = [
     "FORMS",
     "Entry",
     "load",
-    "parse",
     "save",
     "creatures",
     "MiniResNet",

@@ -37,6 +37,6 @@ def objects(sample: Sample) -> Iterator[Float[Tensor, "2"]]:
             yield of_boxes(sample.boxes, size)
         return
     instances = torch.ones_like(sample.mask) if sample.instances is None else sample.instances
-    for label in sample.mask.unique().tolist():
+    for label in torch.unique(sample.mask).tolist():
         if label not in (0, 255):
             yield of_instances(instances * (sample.mask == label))
