@@ -2,9 +2,9 @@
 
 The pictures explain drawn creatures with the embedded network; those of attention need a trained transformer:
 
-    sightline train classifier --data "creatures?split=train" --test "creatures?split=test" --model mini_vit \
-        --epochs 20 --set augment=flip+crop --set optimizer=adamw --set lr=0.001 --set weight_decay=0.05 \
-        --set batch=64 --out out/creatures-vit
+    sightline train classifier --data "creatures?split=train" --test "creatures?split=test" \
+        --model "mini_vit?dim=96&depth=4" --epochs 12 --set augment=flip+crop --set optimizer=adamw --set lr=0.001 \
+        --set weight_decay=0.05 --set batch=64 --out out/creatures-vit
 """
 
 import inspect

@@ -846,3 +846,8 @@ def test_signed_scores_weigh_where_they_are_positive_only(pooled, x, y):
 def test_methods_without_gradients_are_combined_too(pooled, x, y):
     assert smooth(partial(score_cam, chunk=4), samples=2)(pooled, x, y).shape == (3, 1, 6, 8)
     assert (smooth(input_x_gradient, samples=2)(pooled, x, y) < 0).any()
+
+
+def test_the_same_classes_may_be_given_for_every_image(pooled, x):
+    several = over(grad_cam, [0, 2, 3])(pooled, x, torch.tensor([1, 2, 4]))
+    assert torch.equal(several, over(grad_cam, lambda label: (0, 2, 3))(pooled, x, torch.tensor([1, 2, 4])))

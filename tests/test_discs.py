@@ -56,3 +56,14 @@ def test_too_few_objects_are_an_error(plain):
     sample = creatures(count=1)[0]
     with pytest.raises(ValueError, match="expected at least two annotated objects, got 1"):
         fit_discs([sample, replace(sample, mask=None, boxes=None)])
+
+
+@pytest.mark.parametrize("number", [0, 255])
+def test_a_class_without_instances_counts_as_one(number):
+    mask, instances = torch.zeros(2, 20, 10, dtype=torch.long)
+    mask[2:6, 1:6], mask[10:20, :4] = 1, 2
+    instances[2:6, 1:6], instances[10:20, :4] = 1, number
+    found = fit_discs([Sample("", torch.zeros(3, 20, 10), mask=mask, instances=instances)])
+    areas, rows = [math.log(pixels / 200 * 224**2) for pixels in (20, 40)], [4 / 20 * 224, 15 / 20 * 224]
+    expected = pytest.approx((fmean(areas), pstdev(areas), fmean(rows), pstdev(rows)), rel=1e-9)
+    assert (found.area_mu, found.area_sigma, found.y_mu, found.y_sigma) == expected

@@ -1,6 +1,7 @@
 """Extremal perturbation: known answers on a disc, its formulas re-derived by loops, and what is refused."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,12 +9,17 @@ from torch import nn
 
 from sightline import erase
 from sightline.classifier import Classifier, probability
-from sightline.maps import blur
+from sightline.maps import blur, scale
 from sightline.methods import _extremal_perturbation as ep
 from sightline.methods import _pyramid
-from sightline.methods import extremal_perturbation as method
 
 SIZE, STEP, SIGMA = 32, 4, 6.0
+
+
+def method(classifier, x, y=None, *, step=7, sigma=21.0, **settings):
+    """Run with lengths in pixels of the image."""
+    s = scale(tuple(x.shape[2:]))
+    return ep.extremal_perturbation(classifier, x, y, step=round(step / s), sigma=sigma / s, **settings)
 
 
 class Disc(nn.Module):
@@ -254,7 +260,7 @@ def test_of_two_levels_the_blend_is_the_mix(x):
         ({"areas": ()}, ValueError, r"expected at least one area between 0 and 1, a share of the image, got \(\)"),
         ({"areas": (0.1, 1.0)}, ValueError, r"between 0 and 1, a share of the image, got \(0\.1, 1\.0\)"),
         ({"step": 0}, ValueError, "expected step, steps, chunk >= 1, got step=0, steps=800, chunk=16"),
-        ({"steps": 0}, ValueError, "got step=7, steps=0"),
+        ({"steps": 0}, ValueError, "got step=57, steps=0"),
         ({"chunk": 0}, ValueError, "chunk=0"),
         ({"sigma": 0.0}, ValueError, r"expected sigma, weight, growth, lr > 0, got sigma=0\.0"),
         ({"lr": math.nan}, ValueError, "lr=nan"),
@@ -276,3 +282,16 @@ def test_a_pyramid_of_nothing_is_an_error(x, plain):
     for levels, sigma in ((1, 20.0), (8, 0.0)):
         with pytest.raises(ValueError, match=r"expected levels >= 2 and sigma > 0 pixels, got levels="):
             _pyramid.pyramid(x, levels, sigma)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_masks_of_half_precision_images_are_in_single_precision(curved, x, dtype):
+    half, classifier = x.to(dtype), replace(curved, model=curved.model.float())
+    settings = {"steps": 5, "step": 4, "sigma": 6.0}
+    torch.testing.assert_close(method(classifier, half, **settings), method(classifier, half.float(), **settings))
+
+
+def test_lengths_are_those_of_224_pixels(disc, bright):
+    y, settings = torch.tensor([0]), {"areas": (0.12,), "steps": 3}
+    by_default = ep.extremal_perturbation(disc, bright, y, **settings)
+    assert torch.equal(by_default, method(disc, bright, y, step=1, sigma=3.0, **settings))

@@ -813,3 +813,10 @@ def test_precision_and_channels(seeded, x):
     for method in (meaningful_perturbation, layer_perturbation):
         assert method(classifier, x[:, :1].float(), steps=2).dtype == torch.float32
         assert method(classifier, x[:, :1], steps=2).dtype == torch.float64
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("method", [meaningful_perturbation, layer_perturbation])
+def test_masks_of_half_precision_images_are_in_single_precision(method, dtype, curved, x, y):
+    half, classifier = x.to(dtype), replace(curved, model=curved.model.float())
+    torch.testing.assert_close(method(classifier, half, y, steps=5), method(classifier, half.float(), y, steps=5))

@@ -347,6 +347,15 @@ def test_features_that_cancel_out_at_the_start_are_an_error(seeded, networks, x,
     assert_same(opti_cam(classifier, x, y, steps=4, start="grad_cam"), climbs)
 
 
+@pytest.mark.parametrize("start", ["constant", "grad_cam"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_networks_in_half_precision(dtype, start, curved, x, y):
+    expected = opti_cam(curved, x, y, steps=3, start=start)
+    half = replace(curved, model=curved.model.to(dtype))
+    found = opti_cam(half, x.to(dtype), y, steps=3, start=start)
+    torch.testing.assert_close(found, expected.float(), rtol=0.05, atol=0.05 * float(expected.abs().max()))
+
+
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [

@@ -1,6 +1,6 @@
 """Plain data bound to functions: near names, choices and kinds, scores and erasers by name."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -35,6 +35,7 @@ def sample(
     size: int | tuple[int, int] = 64,
     layers: Sequence[str] = (),
     call: Callable[[int], int] = abs,
+    table: Mapping[int, int] | Callable[[int], int] = abs,
     root: str | Path = ".",
     free=None,
     any_kind: Any = None,
@@ -67,6 +68,8 @@ def test_settings_reach_the_function():
         ("size", (32, 48)),
         ("layers", ["a", "b"]),
         ("call", len),
+        ("table", {1: 2}),
+        ("table", len),
         ("root", "here"),
         ("root", Path("here")),
         ("free", object),
@@ -103,6 +106,7 @@ def test_whole_numbers_become_fractions_where_those_are_meant(setting, kind):
         ("size", "32", "int or a list, got '32'"),
         ("layers", "stem", "a list, got 'stem'"),
         ("call", "abs", "a function, got 'abs'"),
+        ("table", "{}", "a table or a function, got '{}'"),
     ],
 )
 def test_values_of_another_kind(setting, value, expected):

@@ -17,7 +17,13 @@ T = TypeVar("T")
 
 VARIADIC = (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
 
-WORDS: Mapping[Any, str] = {NoneType: "None", abc.Callable: "a function", abc.Sequence: "a list", tuple: "a list"}
+WORDS: Mapping[Any, str] = {
+    NoneType: "None",
+    abc.Callable: "a function",
+    abc.Mapping: "a table",
+    abc.Sequence: "a list",
+    tuple: "a list",
+}
 """How a kind is called in a message, where it has a better name than its own."""
 
 
@@ -124,14 +130,16 @@ def check(what: str, value: Any, hint: Any) -> None:
 def fits(value: Any, kind: Any) -> bool:
     """Tell whether a value is of a kind.
 
-    An int counts as a float, a bool only as a bool, a list as a tuple; what is none of these, nor a choice nor a
-    function, passes.
+    An int counts as a float, a bool only as a bool, a list as a tuple; what is none of these, nor a choice, a table nor
+    a function, passes.
     """
     origin = get_origin(kind) or kind
     if origin is Literal:
         return any(type(value) is type(choice) and value == choice for choice in get_args(kind))
     if origin is abc.Callable:
         return callable(value)
+    if origin is abc.Mapping:
+        return isinstance(value, abc.Mapping)
     if origin in (tuple, list, abc.Sequence):
         return isinstance(value, list | tuple)
     if isinstance(value, bool):

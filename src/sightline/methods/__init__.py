@@ -294,7 +294,7 @@ METHODS: Mapping[str, Entry] = {
         paper="Fong et al. 2019",
         needs=("gradients",),
         cost="800 forwards, 800 backwards an area",
-        quick={"steps": 3, "areas": (0.1, 0.3), "step": 4, "sigma": 6.0},
+        quick={"steps": 3, "areas": (0.1, 0.3), "step": 32},
     ),
     "occlusion": _entry(
         "occlusion",

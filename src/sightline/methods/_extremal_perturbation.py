@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from sightline.classifier import Classifier, derivative, logit
 from sightline.erase import Eraser
 from sightline.hooks import differentiable, frozen
-from sightline.maps import blur
+from sightline.maps import blur, scale
 from sightline.methods._pyramid import Blend, between, levels_of
 from sightline.registry import chosen
 from sightline.types import Images, Labels, Saliency, Score, Values
@@ -69,9 +69,10 @@ def extremal_perturbation(
 
     M(u) = smax_v k(u - v) m(v) (eq 7), smax z = sum_v z_v softmax(z / T)_v with T = 1/20, over the cells of m around u,
     one every `step` pixels and at most 1 + ceil(sigma / step) away on either axis; k(d) = exp(-2 max(0, d / sigma -
-    1/2)^2). m starts at one and is clipped to [0, 1] after each of `steps` steps of gradient ascent, whose `momentum`
-    is that of an average (dampening = momentum); l_t = `weight` `growth`^t, and |.|^2 is a mean over the pixels. Every
-    other step, the first included, the network sees the image mirrored (`flip`).
+    1/2)^2). Both lengths are given for 224 x 224 pixels and scale by sqrt(h w) / 224, `step` to whole pixels. m starts
+    at one and is clipped to [0, 1] after each of `steps` steps of gradient ascent, whose `momentum` is that of an
+    average (dampening = momentum); l_t = `weight` `growth`^t, and |.|^2 is a mean over the pixels. Every other step,
+    the first included, the network sees the image mirrored (`flip`).
 
     The image is seen through M in a pyramid of eight blurs of 0 to 20 pixels; `blend` = "mix" shows M x + (1 - M)
     erase(x) instead. `smooth` blurs the sum by a Gaussian of that share of the shorter side, darkening the borders
@@ -92,8 +93,10 @@ def extremal_perturbation(
     check_settings(areas, (step, steps, chunk), (sigma, weight, growth, lr), (momentum, smooth))
     reward, levels = chosen(game, GAMES, "game"), levels_of(blend, erase, classifier.mean)
     with differentiable(), frozen(classifier.model):
-        y, (h, w), x = classifier.labels(x, y), (x.shape[2], x.shape[3]), x.detach()
-        stacks, k = levels(x), kernel(step, sigma).to(x)
+        y, (h, w) = classifier.labels(x, y), (x.shape[2], x.shape[3])
+        x = x.detach().to(torch.promote_types(x.dtype, torch.float32))
+        s = max(1, round(step * scale((h, w))))
+        stacks, k = levels(x), kernel(s, sigma * scale((h, w))).to(x)
 
         def optimum(pairs: Tensor) -> Saliency:
             i, a = pairs // len(areas), x.new_tensor(areas)[pairs % len(areas)]
@@ -107,7 +110,7 @@ def extremal_perturbation(
                 away = 2 * (M - template(M, a)).detach() / (h * w)
                 return derivative(reward(f, M), M, "the mask") - weight * growth**t * away
 
-            m = x.new_ones(len(i), 1, math.ceil(h / step), math.ceil(w / step))
+            m = x.new_ones(len(i), 1, math.ceil(h / s), math.ceil(w / s))
             return ascend(uphill, m, lambda m: smooth_maximum(m, k, (h, w)), steps, lr, momentum)
 
         pairs = torch.split(torch.arange(len(x) * len(areas), device=x.device), chunk)

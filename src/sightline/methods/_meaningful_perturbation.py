@@ -110,7 +110,8 @@ def meaningful_perturbation(
     with differentiable(), frozen(classifier.model):
         with torch.no_grad():
             logits = classifier(x)
-        C, x, (h, w) = explained(logits, y, classes), x.detach(), (x.shape[2], x.shape[3])
+        C, (h, w) = explained(logits, y, classes), (x.shape[2], x.shape[3])
+        x = x.detach().to(torch.promote_types(x.dtype, torch.float32))
         still, large = levels(x), levels(resize(x, (h + jitter, w + jitter)))
         generator = torch.Generator().manual_seed(seed)
 
@@ -166,7 +167,7 @@ def layer_perturbation(
     with differentiable(), frozen(classifier.model):
         with torch.no_grad(), cut(classifier.model, classifier.layer) as calls:
             logits = classifier(x)
-        C, x = explained(logits, y, classes), x.detach()
+        C, x = explained(logits, y, classes), x.detach().to(torch.promote_types(x.dtype, torch.float32))
         output = classifier.reached(calls[-1] if calls else None)
         places = places_of(classifier, output, x)
 

@@ -65,7 +65,7 @@ def opti_cam(
     filling = resolve(erase, classifier.mean)
     with differentiable(), frozen(classifier.model):
         A, logits = classifier.features_and_logits(x)
-        y = check_labels(logits, y)
+        A, y = A.to(torch.promote_types(A.dtype, torch.float32)), check_labels(logits, y)
         p = score(logits, y)
 
         def value(u: Tensor, i: Tensor) -> Values:
@@ -89,7 +89,7 @@ def combine(u: Tensor, A: Features) -> Saliency:
 def initial(classifier: Classifier, x: Images, y: Labels, A: Features, start: Start, score: Score) -> Tensor:
     """Return the first u, (b, c)."""
     if chosen(start, {"constant": False, "grad_cam": True}, "start"):
-        w = classifier.features_and_gradient(x, y, score)[1].mean((2, 3))
+        w = classifier.features_and_gradient(x, y, score)[1].mean((2, 3)).to(A.dtype)
         spread = w.std(1, correction=0, keepdim=True)
         return w / torch.where(spread > 0, spread, 1)
     return torch.full(A.shape[:2], START, dtype=A.dtype, device=A.device)

@@ -15,8 +15,8 @@ from sightline.methods._perturbed import Chosen, called, complete
 from sightline.registry import find
 from sightline.types import Images, Labels, Logits, Saliency
 
-Members: TypeAlias = Mapping[int, Sequence[int]] | Callable[[int], Sequence[int]]
-"""From a label to several classes."""
+Members: TypeAlias = Sequence[int] | Mapping[int, Sequence[int]] | Callable[[int], Sequence[int]]
+"""Several classes for all, or from a label to its own."""
 
 Reduce: TypeAlias = Literal["sum", "mean"]
 
@@ -24,11 +24,11 @@ Reduce: TypeAlias = Literal["sum", "mean"]
 def over(method: Chosen, classes: Members, *, normalize: Normalize = "none", reduce: Reduce = "sum") -> Method:
     """Return the method summed over several classes of each image: a superset's map.
 
-    S = sum_{c in Y(y)} n(M_c): Y(y) is what `classes`, a mapping or a function, gives for the label; a label that a
-    mapping lacks stands for itself alone. n, by `normalize`: `none`, `unit` (A - min A) / (max A - min A), as CALM's
-    authors do for CAM, or `max` A / max A. `reduce` = "mean" divides by the number of classes. (b, 1, i, j) on the
-    method's grid. Costs 1 forward and a map a class; all classes at the price of one where the method has that form
-    (`cam`).
+    S = sum_{c in Y(y)} n(M_c): Y(y) is `classes` for every label, or what a mapping or a function gives for the label;
+    a label that a mapping lacks stands for itself alone. n, by `normalize`: `none`, `unit` (A - min A) / (max A - min
+    A), as CALM's authors do for CAM, or `max` A / max A. `reduce` = "mean" divides by the number of classes.
+    (b, 1, i, j) on the method's grid. Costs 1 forward and a map a class; all classes at the price of one where the
+    method has that form (`cam`, `rise`).
 
     Raises:
         ValueError: no class for a label, or one that the network does not have (when called).
@@ -68,7 +68,8 @@ def members(classes: Members, label: int, logits: Logits) -> Int[Tensor, " n"]:
     Raises:
         ValueError: none, or one that the network does not have.
     """
-    found = classes(label) if callable(classes) else classes.get(label, (label,))
+    of_label = classes.get(label, (label,)) if isinstance(classes, Mapping) else classes
+    found = of_label(label) if callable(of_label) else of_label
     if len(found) == 0:
         raise ValueError(f"expected one or more classes for label {label}, got none")
     return check_labels(logits[:1].expand(len(found), -1), torch.as_tensor(found))

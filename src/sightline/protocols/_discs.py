@@ -36,7 +36,8 @@ def objects(sample: Sample) -> Iterator[Float[Tensor, "2"]]:
         if sample.boxes is not None and len(sample.boxes):
             yield of_boxes(sample.boxes, size)
         return
-    instances = torch.ones_like(sample.mask) if sample.instances is None else sample.instances
     for label in torch.unique(sample.mask).tolist():
         if label not in (0, 255):
-            yield of_instances(instances * (sample.mask == label))
+            whole = (sample.mask == label).int()
+            known = whole if sample.instances is None else whole * sample.instances
+            yield of_instances(known if bool(((known > 0) & (known != 255)).any()) else whole)
