@@ -125,6 +125,32 @@ def test_explain_writes_overlay_map_record_and_sheet(capsys: pytest.CaptureFixtu
     assert (out / "sheet.png").exists()
 
 
+def test_one_method_with_several_settings_does_not_overwrite_its_own_maps(
+    capsys: pytest.CaptureFixture[str], photo: Path, tmp_path: Path
+):
+    methods = ["--method", "rise?samples=2", "--method", "rise?samples=3", "--method", "cam"]
+    code, told, _ = call(capsys, "explain", photo, "--model", MODEL, *methods, "--out", tmp_path / "out")
+    assert code == 0
+    kept = [json.loads((tmp_path / f"out/rise-samples-{n}/photo-rise.json").read_text()) for n in (2, 3)]
+    assert [record["arguments"]["samples"] for record in kept] == [2, 3]
+    assert (tmp_path / "out/photo-cam.json").exists()
+    assert "rise(samples=2)" in told
+
+
+def test_a_sheet_of_many_methods_goes_on_below(capsys: pytest.CaptureFixture[str], photo: Path, tmp_path: Path):
+    methods = [part for n in range(1, 11) for part in ("--method", f"smooth(cam)?samples={n}")]
+    assert call(capsys, "explain", photo, "--model", MODEL, *methods, "--out", tmp_path)[0] == 0
+    width, height = Image.open(tmp_path / "sheet.png").size
+    assert width < 7 * 168
+    assert height > 2 * 168
+
+
+def test_combinators_are_listed_with_what_they_need(capsys: pytest.CaptureFixture[str]):
+    code, told, _ = call(capsys, "list", "combinators")
+    assert code == 0
+    assert all(name in told for name in ("smooth", "over", "classes=", "against="))
+
+
 def test_pictures_that_share_a_name_do_not_overwrite_each_other(
     capsys: pytest.CaptureFixture[str], photo: Path, tmp_path: Path
 ):

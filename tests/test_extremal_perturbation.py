@@ -77,6 +77,15 @@ def test_a_weak_score_does_not_end_at_the_border():
     assert float((M * weak.model.inside).sum() / M.sum()) > 0.8
 
 
+def test_a_mask_that_ends_flat_is_named(disc, bright):
+    x = torch.cat([torch.zeros_like(bright), bright])
+    with pytest.warns(RuntimeWarning, match=r"the mask of area 0\.12 of image 0 of 2 ended flat") as caught:
+        M = ep.extremal_perturbation(disc, x, areas=(0.12,), blend="mix", erase="black", steps=150, **FINE)
+    assert len(caught) == 1
+    assert float(M[0].max() - M[0].min()) <= ep.TIE
+    assert float(M[1].max() - M[1].min()) > 0.5
+
+
 def test_several_areas_are_the_sum_of_single_ones_for_every_image(curved, x):
     y, areas = torch.tensor([3, 0, 4]), (0.05, 0.2, 0.4)
     settings = {"step": STEP, "sigma": SIGMA, "steps": 6}

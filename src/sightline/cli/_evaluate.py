@@ -142,10 +142,10 @@ def shown(table: Any) -> object:
     from rich.table import Table
 
     drawn = Table(title=table.heading, title_justify="left")
-    drawn.add_column("method", style="cyan", no_wrap=True)
+    drawn.add_column("method", style="cyan", overflow="fold")
     for column in table.columns:
-        drawn.add_column(f"{column.label} {column.arrow}", justify="right")
-    drawn.add_column("s/image", justify="right")
+        drawn.add_column(f"{column.label} {column.arrow}", justify="right", overflow="fold")
+    drawn.add_column("s/image", justify="right", overflow="fold")
     for group in (table.methods, table.controls):
         for row in group:
             cells = [f"[bold green]{c.text}[/]" if c.best else c.text for c in row.cells]

@@ -9,11 +9,16 @@ import click
 from sightline.cli._options import SETTING
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from sightline.classifier import Classifier
     from sightline.explanation import Explanation
     from sightline.runs import Choice
 
 PICTURES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"}
+
+WIDEST = 9
+"""How many maps stand side by side on a contact sheet."""
 
 
 @click.command("explain", short_help="Draw where a classifier looks on your pictures.")
@@ -39,10 +44,12 @@ def command(
     (specification, class, score) into the output folder; several maps also make a contact sheet, sheet.png.
 
     A method may carry its own settings, --method "opti_cam?steps=50&objective=diff", and others in parentheses:
-    --method "smooth(gradient)?samples=20". Of all methods, those that the network does not suit are skipped.
+    --method "smooth(gradient)?samples=20". Of all methods, those that the network does not suit are skipped. One method
+    with several settings gets a folder for each.
     """
     from sightline import models
     from sightline.cli._options import bar, methods
+    from sightline.runs import file_name
     from sightline.settings import method_of
 
     chosen = methods(method, settings)
@@ -52,6 +59,7 @@ def command(
     classifier = models.load(model)
     classifier = classifier if layer is None else classifier.at(layer)
     folders = places(files, out)
+    twice = {one.name for one in chosen if [each.name for each in chosen].count(one.name) > 1}
     made: list[list[Explanation | None]] = []
     skipped: dict[str, str] = {}
     explained = partial(
@@ -66,9 +74,9 @@ def command(
                 row.append(explained(file, one))
                 progress.advance(task)
                 if row[-1] is not None:
-                    row[-1].save(folder)
+                    row[-1].save(folder / file_name(str(one)) if one.name in twice else folder)
             made.append(row)
-    tell(made, out, skipped)
+    tell(made, [str(one) if one.name in twice else one.name for one in chosen], out, skipped)
 
 
 def pictures(path: Path) -> list[Path]:
@@ -125,37 +133,55 @@ def attempt(
     return replace(made, spec={**made.spec, "model": model})
 
 
-def tell(made: "list[list[Explanation | None]]", out: Path, skipped: dict[str, str]) -> None:
-    """Print what was explained, and write the contact sheet.
+def tell(made: "list[list[Explanation | None]]", names: list[str], out: Path, skipped: dict[str, str]) -> None:
+    """Print what was explained, by the names of the methods, and write the contact sheet.
 
     Raises:
         ValueError: every picture was broken.
     """
-    done = [one for row in made for one in row if one is not None]
+    done = [(name, one) for row in made for name, one in zip(names, row, strict=True) if one is not None]
     for file, reason in skipped.items():
         click.echo(f"skipped {file}: {reason}", err=True)
     if not done:
         raise ValueError(f"none of the {len(made)} pictures could be read")
-    for one in done:
+    for name, one in done:
         problem = one.problems[0]
         note = f"  (the map is {problem})" if problem else ""
-        click.echo(f"{one.names[0]}  {one.spec['method']}  {one.label()}  {float(one.scores[0]):.1%}{note}")
+        click.echo(f"{one.names[0]}  {name}  {one.label()}  {float(one.scores[0]):.1%}{note}")
     if len(done) > 1:
-        sheet(made, out)
+        sheet(made, names, out)
     click.echo(f"written to {out}" + (f", {len(skipped)} skipped" if skipped else ""))
 
 
-def sheet(made: "list[list[Explanation | None]]", out: Path) -> None:
-    """Write pictures x methods."""
+def sheet(made: "list[list[Explanation | None]]", names: list[str], out: Path) -> None:
+    """Write pictures x methods; more methods than fit in a line go on below, in lines of the same length."""
+    from PIL.Image import new
+
     from sightline import viz
     from sightline.runs import write_bytes
 
-    rows = [[one for one in row if one is not None] for row in made]
-    rows = [row for row in rows if row]
-    cells = [[row[0].photos[0], *(None if one.problems[0] else one.overlay() for one in row)] for row in rows]
-    drawn = viz.grid(
+    rows = [row for row in made if any(row)]
+    kept = [i for i in range(len(names)) if any(row[i] for row in rows)]
+    length = -(-len(kept) // -(-len(kept) // WIDEST))
+    parts = [drawn(rows, names, kept[start : start + length]) for start in range(0, len(kept), length)]
+    whole = new("RGB", (max(part.width for part in parts), sum(part.height for part in parts)), viz.PAPER)
+    for i, part in enumerate(parts):
+        whole.paste(part, (0, sum(above.height for above in parts[:i])))
+    write_bytes(out / "sheet.png", viz.png(whole))
+
+
+def drawn(rows: "list[list[Explanation | None]]", names: list[str], columns: list[int]) -> "Image":
+    """Draw the pictures, and beside them the maps of some of the methods."""
+    from sightline import viz
+
+    firsts = [next(one for one in row if one is not None) for row in rows]
+    maps = [[row[i] for i in columns] for row in rows]
+    cells = [
+        [first.photos[0], *(None if one is None or one.problems[0] else one.overlay() for one in row)]
+        for first, row in zip(firsts, maps, strict=True)
+    ]
+    return viz.grid(
         cells,
-        columns=["image", *(str(one.spec["method"]) for one in rows[0])],
-        titles=[f"{row[0].names[0]}\n{row[0].label()} {float(row[0].scores[0]):.0%}" for row in rows],
+        columns=["image", *(names[i] for i in columns)],
+        titles=[f"{first.names[0]}\n{first.label()} {float(first.scores[0]):.0%}" for first in firsts],
     )
-    write_bytes(out / "sheet.png", viz.png(drawn))

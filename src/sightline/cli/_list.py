@@ -4,13 +4,13 @@ from collections.abc import Sequence
 
 import click
 
-KINDS = ("methods", "metrics", "models", "datasets")
+KINDS = ("methods", "combinators", "metrics", "models", "datasets")
 
 
-@click.command("list", short_help="Show methods, metrics, models and data sets.")
+@click.command("list", short_help="Show methods, combinators, metrics, models and data sets.")
 @click.argument("kind", type=click.Choice(KINDS), required=False)
 def command(kind: str | None) -> None:
-    """Show every method, metric, model and data set, or one KIND of them."""
+    """Show every method, combinator of methods, metric, model and data set, or one KIND of them."""
     from rich.console import Console
 
     console = Console()
@@ -39,6 +39,17 @@ def methods() -> tuple[list[str], list[list[str]]]:
     return ["name", "what it shows", "paper", "needs", "cost an image"], rows
 
 
+def combinators() -> tuple[list[str], list[list[str]]]:
+    """Return the table of combinators."""
+    from sightline.methods import COMBINATORS
+
+    rows = [
+        [name, e.summary, e.paper, f"{e.takes} in parentheses" + "".join(f", {one}=" for one in e.needs), e.cost]
+        for name, e in COMBINATORS.items()
+    ]
+    return ["name", "what it gives", "paper", "needs", "cost an image"], rows
+
+
 def metrics() -> tuple[list[str], list[list[str]]]:
     """Return the table of metrics."""
     from sightline.metrics import METRICS
@@ -64,4 +75,4 @@ def datasets() -> tuple[list[str], list[list[str]]]:
     return ["name", "what it holds", "licence", "needs"], rows
 
 
-TABLES = {"methods": methods, "metrics": metrics, "models": models, "datasets": datasets}
+TABLES = {"methods": methods, "combinators": combinators, "metrics": metrics, "models": models, "datasets": datasets}

@@ -3,6 +3,7 @@ masks, ICCV 2019. Settings that the paper leaves open are those of its authors' 
 """
 
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
@@ -81,9 +82,9 @@ def extremal_perturbation(
     (b, 1, h, w), in [0, number of areas]. Costs 1 forward, and `steps` forwards and backwards an area (twice as many
     forwards in the hybrid game), `chunk` masks at a time. *Differs:* the paper's code makes one image's mask; here all
     images and areas ascend together, each on its own. Pixels of equal rank, within .02, share the ones of r_a; the
-    code's sort leaves them to order and rounding, by which a weak score ends at the border. Areas are shares of the
-    image, where the code counts a margin of `sigma` pixels around. Cells lie around the middle of the image, not from
-    its corner. Blurs reflect at the border.
+    code's sort leaves them to order and rounding, by which a weak score ends at the border; here it may leave the mask
+    flat, at `a` everywhere, with a warning. Areas are shares of the image, where the code counts a margin of `sigma`
+    pixels around. Cells lie around the middle of the image, not from its corner. Blurs reflect at the border.
 
     Raises:
         ValueError: hyper-parameters out of range, an erase that depends on the mask (inpainting), or one other than
@@ -114,8 +115,9 @@ def extremal_perturbation(
             return ascend(uphill, m, lambda m: smooth_maximum(m, k, (h, w)), steps, lr, momentum)
 
         pairs = torch.split(torch.arange(len(x) * len(areas), device=x.device), chunk)
-        S = torch.cat([optimum(some) for some in pairs]).view(len(x), len(areas), h, w).sum(1, keepdim=True)
-    return blur(S, smooth * min(h, w), padding="zeros")
+        masks = torch.cat([optimum(some) for some in pairs]).view(len(x), len(areas), h, w)
+    warn_of_flat(masks, areas)
+    return blur(masks.sum(1, keepdim=True), smooth * min(h, w), padding="zeros")
 
 
 GAMES: Mapping[str, Callable[[Through, Saliency], Values]] = {
@@ -175,6 +177,17 @@ def ascend(
         with torch.no_grad():
             leaf.clamp_(0, 1)
     return smooth_maximum(leaf.detach())
+
+
+def warn_of_flat(masks: Float[Tensor, "b a h w"], areas: Sequence[float]) -> None:
+    """Warn of masks whose pixels are all of equal rank: they have no area."""
+    flat = masks.amax((2, 3)) - masks.amin((2, 3)) <= TIE
+    for i, a in flat.nonzero().tolist():
+        message = (
+            f"extremal perturbation: the mask of area {areas[a]} of image {i} of {len(masks)} ended flat; the score is "
+            "weak against the penalty: try a smaller weight, more steps, or another score"
+        )
+        warnings.warn(message, RuntimeWarning, stacklevel=3)
 
 
 def check_settings(
