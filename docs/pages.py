@@ -23,7 +23,7 @@ from sightline.maps import degenerate
 from sightline.methods import COMBINATORS, METHODS
 from sightline.models import load
 from sightline.runs import Choice
-from sightline.settings import method_of
+from sightline.settings import method_of, signed
 
 HERE = Path(__file__).parent
 TEXTS = tomllib.loads((HERE / "methods.toml").read_text(encoding="utf-8"))
@@ -49,6 +49,7 @@ def page(name: str) -> str:
     entry = METHODS.get(name) or COMBINATORS[name]
     function = METHODS[name].method if name in METHODS else COMBINATORS[name].combinator
     module = inspect.cleandoc(sys.modules[function.__module__].__doc__ or "").replace("\n", " ")
+    network = "vit_b_16" if name in METHODS and "attention" in METHODS[name].needs else "resnet50"
     needs = f"It needs: {', '.join(entry.needs)}. " if name in METHODS and entry.needs else ""
     text = TEXTS[name]
     lines = [
@@ -60,7 +61,7 @@ def page(name: str) -> str:
         f"## When to use it\n\n{text['use']}",
         f"## When not\n\n{text['avoid']}",
         f"## Definition\n\n```text\n{signature(name, function)}\n\n{inspect.getdoc(function)}\n```",
-        f"```sh\nsightline explain photo.jpg --model torchvision:resnet50 --method '{command(name)}'\n```",
+        f"```sh\nsightline explain photo.jpg --model torchvision:{network} --method '{command(name)}'\n```",
     ]
     return "\n\n".join(lines) + "\n"
 
@@ -68,7 +69,7 @@ def page(name: str) -> str:
 def command(name: str) -> str:
     """Return the example as the command line reads it."""
     chosen = example(name)
-    settings = "&".join(f"{key}={value}" for key, value in chosen.settings.items() if isinstance(value, int | str))
+    settings = "&".join(f"{key}={value}" for key, value in chosen.settings.items())
     return f"{chosen.name}?{settings}" if settings else chosen.name
 
 
@@ -94,7 +95,7 @@ def index() -> str:
 
 def picture(name: str, classifiers: dict[str, Classifier]) -> bytes:
     """Return the map of each shown creature over it; the creature alone where a map says nothing."""
-    method, signed = method_of(example(name))
+    method = method_of(example(name))
     needs = METHODS[name].needs if name in METHODS else ()
     classifier = classifiers["transformer" if "attention" in needs else "cnn"]
     dataset, large = creatures("test", size=64), creatures("test", size=224)
@@ -103,7 +104,7 @@ def picture(name: str, classifiers: dict[str, Classifier]) -> bytes:
     photos = [large[index].image for index in SHOWN]
     empty = degenerate(maps)
     cells = [
-        photo if nothing else laid(photo, raw.detach(), signed=signed)
+        photo if nothing else laid(photo, raw.detach(), signed=signed(method))
         for photo, raw, nothing in zip(photos, maps, empty, strict=True)
     ]
     return viz.jpeg(torch.cat(cells, 2))

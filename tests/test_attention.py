@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from sightline.classifier import check_logits, log_probability, logit, wrap
+from sightline.classifier import UnsuitedError, check_logits, log_probability, logit, wrap
 from sightline.hooks import differentiable, frozen, substituted
 from sightline.layers import Tokens
 from sightline.methods import METHODS, generic_attention, raw_attention, rollout, transformer_attribution
@@ -765,3 +765,12 @@ def test_one_output_is_two_classes(seeded, x):
         saliency = transformer_attribution(classifier, x, torch.full((3,), label))
         assert bool(saliency.any()) == (label == 1)
     assert check_logits(classifier(x), 3, "Tiny").shape == (3, 2)
+
+
+def test_relevance_in_half_precision_is_refused(tokens, x):
+    half = replace(tokens, model=tokens.model.bfloat16())
+    with pytest.raises(
+        UnsuitedError, match=r"computes in torch\.bfloat16, too coarse .*; call model\.float\(\), or use"
+    ):
+        transformer_attribution(half, x.bfloat16())
+    assert generic_attention(half, x.bfloat16()).isfinite().all()

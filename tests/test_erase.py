@@ -4,6 +4,7 @@ import pytest
 import torch
 from scipy import ndimage
 
+from sightline import erase
 from sightline.erase import ERASERS, black, blur, color, mix, noise, resolve, telea
 
 MEAN = (0.2, 0.4, 0.6)
@@ -130,3 +131,19 @@ def test_an_eraser_by_name_or_as_a_function(image, saliency):
     assert torch.equal(resolve("mean", MEAN)(image, saliency), color(image, saliency, mean=MEAN))
     with pytest.raises(LookupError, match="no eraser called 'blak'; did you mean black"):
         resolve("blak", MEAN)
+
+
+@pytest.mark.parametrize("choice", ["black", "mean", "blur", "noise", "rise"])
+def test_a_filling_of_the_image_alone_is_made_once_an_image(choice):
+    generator = torch.Generator().manual_seed(1)
+    x, m = (torch.rand(3, c, 12, 12, generator=generator, dtype=torch.float64) for c in (3, 1))
+    i = torch.tensor([2, 0, 2])
+    expected = erase.resolve(choice, (0.1, 0.2, 0.3))(x[i], m[i])
+    found = erase.filler(x, choice, (0.1, 0.2, 0.3))(i)(x[i], m[i])
+    assert torch.allclose(found, expected.expand_as(found), rtol=0, atol=1e-12)
+
+
+def test_a_filling_that_looks_at_the_mask_is_made_of_each_mask():
+    x, m = torch.rand(2, 3, 12, 12), (torch.rand(2, 1, 12, 12) > 0.5).float()
+    of = erase.filler(x, "telea", (0.0,))
+    assert torch.equal(of(torch.tensor([1]))(x[1:], m[1:]), erase.telea(x[1:], m[1:]))

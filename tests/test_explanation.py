@@ -507,3 +507,8 @@ def test_maps_do_not_depend_on_their_batch():
 def test_the_public_name_is_this_one():
     assert sightline.explain is explain
     assert cam is METHODS["cam"].method
+
+
+def test_an_explanation_says_in_one_line_what_it_is(classifier, x):
+    made = explain(classifier, x[:2], [1, 0], "grad_cam")
+    assert re.fullmatch(r"Explanation by grad_cam of image-0: \S+ [\d.]+%, image-1: \S+ [\d.]+%", repr(made))

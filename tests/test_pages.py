@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from sightline.methods import COMBINATORS, METHODS
+from sightline.runs import Choice
 
 DOCS = Path(__file__).parents[1] / "docs"
 NAMES = [*METHODS, *COMBINATORS]
@@ -43,5 +44,5 @@ def test_the_index_is_current(pages):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_what_a_page_shows_can_be_asked_for(name, pages):
-    method, _ = pages.method_of(pages.example(name))
-    assert callable(method)
+    assert callable(pages.method_of(pages.example(name)))
+    assert callable(pages.method_of(Choice.parse(pages.command(name))))

@@ -641,3 +641,16 @@ def test_only_like_runs_are_averaged_across_classifiers():
         across([run("cam", model="a"), run("cam", model="b", data="cats")])
     with pytest.raises(ValueError, match="every classifier needs a run of every method, and b lacks grad_cam"):
         across([run("cam", model="a"), run("grad_cam", model="a"), run("cam", model="b")])
+
+
+def test_a_combinator_keeps_its_methods_apart_from_its_settings():
+    combined = run({"name": "smooth(gradient?score=probability)", "samples": 5})
+    assert labels([combined]) == ["smooth(gradient?score=probability)[samples=5]"]
+    assert ">samples=5<" in page([combined, run("center")])
+
+
+def test_metrics_of_one_name_show_their_settings_in_the_page():
+    score = Score(Choice("mass", {"on": "cue"}), 1.0, True, (1.0,) * len(IDS))
+    one = run("cam", flat(2.0, "mass"))
+    both = replace(one, scores=replace(one.scores, scores=(*one.scores.scores, score)))
+    assert ">on=cue<" in page([both]).split("</thead>")[0]

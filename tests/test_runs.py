@@ -285,6 +285,11 @@ def test_the_grammar():
     )
     assert Choice.parse("folder?root=my (old) pictures?") == Choice("folder", {"root": "my (old) pictures?"})
     assert Choice.parse("smooth(gradient?a=1&b=2)?samples=5") == Choice("smooth(gradient?a=1&b=2)", {"samples": 5})
+    assert Choice.parse("over(cam)?classes=[1, 3]") == Choice("over(cam)", {"classes": [1, 3]})
+    assert Choice.parse("a?b={3 = [1]}") == Choice("a", {"b": {"3": [1]}})
+    assert Choice.of("opti_cam?steps=5") == Choice("opti_cam", {"steps": 5})
+    with pytest.raises(ValueError, match=r"cannot read '\[1, ': .*; write \[1, 2\] or"):
+        Choice.parse("a?b=[1, ")
     assert split("mean(a,b),c", ",") == ["mean(a,b)", "c"]
     for wrong in ("", "?a=1", "a?b", "a?=1"):
         with pytest.raises(ValueError, match="expected name\\?key=value&key=value, got"):

@@ -14,7 +14,7 @@ from sightline.erase import blur
 from sightline.methods import METHODS, edge, gradient, mean, smooth
 from sightline.metrics import METRICS
 from sightline.runs import Choice, arguments
-from sightline.settings import bind, method_of
+from sightline.settings import bind, method_of, signed
 
 if TYPE_CHECKING:
     from decimal import Decimal
@@ -224,28 +224,38 @@ def test_numbers_are_no_scores_by_accident():
 
 
 def test_a_method_has_its_settings_and_a_seed_where_it_draws():
-    method, signed = method_of(Choice("opti_cam", {"steps": 3}), seed=4)
+    method = method_of(Choice("opti_cam", {"steps": 3}), seed=4)
     assert arguments(method)["steps"] == 3
-    assert not signed
-    assert method_of(Choice("cam"))[1]
-    assert arguments(method_of(Choice("rise"), seed=4)[0])["seed"] == 4
-    assert arguments(method_of(Choice("rise", {"seed": 5}), seed=4)[0])["seed"] == 5
+    assert arguments(method_of(Choice("rise"), seed=4))["seed"] == 4
+    assert arguments(method_of(Choice("rise", {"seed": 5}), seed=4))["seed"] == 5
 
 
 def test_methods_are_combined_by_name(pooled, x):
     text = "mean(smooth(gradient?score=probability)?samples=2&noise=0.5, edge)"
-    method, signed = method_of(Choice.parse(text), seed=7)
+    method = method_of(Choice.parse(text), seed=7)
     by_hand = mean(smooth(partial(gradient, score=probability), samples=2, noise=0.5, seed=7), edge)
     assert torch.equal(method(pooled, x), by_hand(pooled, x))
     assert arguments(method) == arguments(by_hand)
     assert "seed=7" in str(arguments(method))
-    assert not signed
-    assert method_of(Choice("smooth(cam)"))[1]
-    assert method_of(Choice("contrast(grad_cam)", {"against": 1}))[1]
+
+
+def test_combined_maps_are_signed_where_a_method_inside_is_or_the_combinator_makes_them_so():
+    for text in (
+        "cam",
+        "smooth(cam)",
+        "mean(grad_cam, cam)",
+        "contrast(grad_cam)?against=1",
+        "smooth(contrast(edge)?against=1)",
+    ):
+        assert signed(method_of(Choice.parse(text))), text
+    for text in ("grad_cam", "smooth(gradient)", "mean(grad_cam, edge)"):
+        assert not signed(method_of(Choice.parse(text))), text
+    assert signed(METHODS["cam"].method)
+    assert not signed(lambda classifier, x, y=None: x)
 
 
 def test_classes_as_keys_of_a_table_are_numbers():
-    method, _ = method_of(Choice("over(grad_cam)", {"classes": {"0": [1, 2], "3": [4]}}))
+    method = method_of(Choice("over(grad_cam)", {"classes": {"0": [1, 2], "3": [4]}}))
     assert arguments(method)["classes"] == {"0": [1, 2], "3": [4]}
     assert method.keywords["classes"] == {0: [1, 2], 3: [4]}
 
@@ -257,7 +267,9 @@ def test_classes_as_keys_of_a_table_are_numbers():
         ("smoth(gradient)", LookupError, "no combinator called 'smoth'; did you mean smooth"),
         ("smooth(gradent)", LookupError, "no method called 'gradent'; did you mean gradient"),
         ("smooth(gradient", ValueError, r"expected combinator\(method, ...\), got 'smooth\(gradient'"),
-        ("smooth(gradient, cam)", ValueError, "smooth takes one method, got 2"),
+        ("smooth(gradient, cam)", ValueError, "smooth takes one method, got 'gradient, cam'"),
+        ("mean()", ValueError, r"mean takes methods, got '' in 'mean\(\)'"),
+        ("grad_cam(gradient)", LookupError, r"grad_cam is a method and takes no other; .*: grad_cam\?key=value"),
         ("smooth(gradient)?smples=3", LookupError, "smooth: no setting called 'smples'; did you mean samples"),
         ("contrast(cam)", ValueError, r"contrast needs against=; write contrast\(cam\)\?against=..."),
     ],

@@ -145,6 +145,7 @@ FUNCTIONS = {
         "noise": "(x, saliency, *, seed=0)",
         "telea": "(x, saliency, *, radius=3.0, keep=0.5)",
         "resolve": "(choice, mean)",
+        "filler": "(x, choice, mean)",
         "mix": "(x, mask, erase)",
     },
     "protocols": {"fit_discs": "(samples)"},

@@ -5,13 +5,14 @@ An eraser maps (x, saliency) to a filling of x's shape; the erased image is m * 
 and metric takes `erase=` and every result records it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TypeAlias
 
 import cv2
 import numpy as np
 import torch
+from torch import Tensor
 
 from sightline.maps import Padding
 from sightline.maps import blur as smooth
@@ -78,6 +79,10 @@ def telea(x: Images, saliency: Saliency, *, radius: float = 3.0, keep: float = 0
 ERASERS: Mapping[str, Erase] = {"black": black, "blur": blur, "noise": noise, "telea": telea}
 
 
+MASKLESS = ("black", "mean", "blur", "noise", "rise")
+"""Names of fillings that depend on the image alone."""
+
+
 def resolve(choice: Eraser, mean: tuple[float, ...]) -> Erase:
     """Return the eraser that is meant: a function as it is, or by name.
 
@@ -95,6 +100,28 @@ def resolve(choice: Eraser, mean: tuple[float, ...]) -> Erase:
     }
     named: Mapping[str, Erase] = {**ERASERS, **of_mean}
     return find(choice, named, "erasers")
+
+
+def filler(x: Images, choice: Eraser, mean: tuple[float, ...]) -> Callable[[Tensor], Erase]:
+    """Return the function from numbers of images in x to the eraser of these very images.
+
+    A filling that depends on the image alone is made once an image, not once a mask.
+
+    Raises:
+        LookupError: no such name.
+    """
+    fill = resolve(choice, mean)
+    if not isinstance(choice, str) or choice not in MASKLESS:
+        return lambda i: fill
+    once = fill(x, torch.zeros_like(x[:, :1]))
+
+    def of(i: Tensor) -> Erase:
+        def known(x: Images, saliency: Saliency) -> Images:
+            return once[i]
+
+        return known
+
+    return of
 
 
 def mix(x: Images, mask: Saliency, erase: Erase) -> Images:

@@ -30,11 +30,11 @@ from sightline.classifier import (
 )
 from sightline.evaluation import checked, finite
 from sightline.maps import degenerate, resize, unit
-from sightline.methods import METHODS, Entry
+from sightline.methods import Entry
 from sightline.models import load as load_model
 from sightline.registry import unknown
 from sightline.runs import Choice, arguments, file_name, provenance, unbound, write_bytes, write_text
-from sightline.settings import bind, method_of
+from sightline.settings import bind, method_of, signed
 from sightline.types import Images, Labels, Saliency, Values
 
 Target: TypeAlias = int | str | Sequence[int | str] | Tensor | None
@@ -43,7 +43,7 @@ LONGEST = 1024
 """Longer side, in pixels, of the picture that an overlay is drawn on."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Explanation:
     """Maps of one method for one or several images.
 
@@ -65,6 +65,10 @@ class Explanation:
 
     def __len__(self) -> int:
         return len(self.names)
+
+    def __repr__(self) -> str:
+        told = [f"{name}: {self.label(i)} {float(self.scores[i]):.1%}" for i, name in enumerate(self.names)]
+        return f"Explanation by {self.spec['method']} of {', '.join(told)}"
 
     def label(self, index: int = 0) -> str:
         """Return the name of the explained class, its number where it has no name."""
@@ -156,7 +160,7 @@ def explain(
         OSError: a file that is not there.
     """
     classifier = prepared(model, normalization, layer)
-    name, function, signed = chosen(method, settings)
+    name, function = chosen(method, settings)
     names, photos, x = opened(images, classifier, resize_policy)
     check_images(x, classifier.channels)
     check_range(x)
@@ -167,7 +171,7 @@ def explain(
     saliency = unit(resize(finite(raw), (x.shape[2], x.shape[3])))
     scores, problems = probability(logits.double(), y), tuple(degenerate(raw))
     spec = {"method": name, "arguments": arguments(function), "resize": resize_policy, **seen(model, classifier, x)}
-    return Explanation(names, x, photos, saliency, raw, y, scores, classifier.classes, signed, problems, spec)
+    return Explanation(names, x, photos, saliency, raw, y, scores, classifier.classes, signed(function), problems, spec)
 
 
 def seen(model: nn.Module | Classifier | str, classifier: Classifier, x: Images) -> dict[str, Any]:
@@ -182,20 +186,18 @@ def seen(model: nn.Module | Classifier | str, classifier: Classifier, x: Images)
     }
 
 
-def chosen(method: str | Choice | Method, settings: Mapping[str, Any]) -> tuple[str, Callable[..., Any], bool]:
-    """Return a method's name, the method with its settings, and whether its maps are signed.
+def chosen(method: str | Choice | Method, settings: Mapping[str, Any]) -> tuple[str, Callable[..., Any]]:
+    """Return a method's name, and the method with its settings.
 
     Raises:
         LookupError, TypeError: no such method or setting, or a setting that does not fit.
     """
     if isinstance(method, str | Choice):
-        given = Choice.parse(method) if isinstance(method, str) else method
-        return given.name, *method_of(Choice(given.name, {**given.settings, **settings}))
+        given = Choice.of(method)
+        return given.name, method_of(Choice(given.name, {**given.settings, **settings}))
     function: Callable[..., Any] = method.method if isinstance(method, Entry) else method
     inner = unbound(function)
-    name = getattr(inner, "__name__", type(inner).__name__).strip("<>")
-    signed = name in METHODS and METHODS[name].signed and METHODS[name].method is inner
-    return name, bind(function, settings), signed
+    return getattr(inner, "__name__", type(inner).__name__).strip("<>"), bind(function, settings)
 
 
 def prepared(

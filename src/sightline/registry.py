@@ -41,8 +41,10 @@ def chosen(name: str, choices: Mapping[str, T], kind: str) -> T:
 def unknown(name: str, known: Iterable[str], kind: str) -> str:
     """Say that `name` is no `kind`, and which names are near it."""
     names = sorted(known)
-    near = get_close_matches(name, names, n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(names)}"
+    plain = {one.lower().replace("_", "").replace("-", ""): one for one in reversed(names)}
+    spelled = get_close_matches(name.lower().replace("_", "").replace("-", ""), plain, n=3, cutoff=0.6)
+    near = get_close_matches(name, names, n=3, cutoff=0.5) or [plain[one] for one in spelled]
+    hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(names) or 'none'}"
     return f"no {kind} called {name!r}; {hint}"
 
 

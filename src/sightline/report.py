@@ -16,8 +16,9 @@ import tomli_w
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
 
+from sightline.methods import COMBINATORS
 from sightline.metrics import METRICS
-from sightline.runs import Run, Score, write_text
+from sightline.runs import Run, Score, split, write_text
 from sightline.table import NOTHING, Column, Row, Table, differences, digits, fixed, named, summary, tables
 
 TITLE = "Saliency report"
@@ -201,6 +202,9 @@ def _breakable(name: str) -> Markup:
 
 def _parted(label: str) -> tuple[str, str]:
     """Part a label into its name and its settings without the brackets around them."""
+    if label.partition("(")[0] in COMBINATORS:
+        name, *settings = split(label, "[", 1)
+        return name, "".join(settings).removesuffix("]")
     name, _, rest = label.partition("(")
     inside, _, behind = rest.rpartition(")")
     return name, inside + behind

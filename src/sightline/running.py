@@ -20,7 +20,7 @@ from sightline.maps import degenerate
 from sightline.metrics import METRICS, Measure
 from sightline.registry import find, load, unknown
 from sightline.runs import Choice, Run, Scores, Spec, arguments, describe, file_name, provenance, write_bytes
-from sightline.settings import bind, method_of, seeded
+from sightline.settings import bind, method_of, seeded, signed
 from sightline.types import Images, Labels, Saliency
 
 SHOWN = 8
@@ -108,7 +108,7 @@ def named(spec: Spec) -> tuple[Method, dict[str, Callable[..., Measure]]]:
     if twice := [name for name in listed if listed.count(name) > 1]:
         raise ValueError(f"the metric {twice[0]} is listed twice")
     find(spec.data.name, DATASETS, "datasets")
-    method, _ = method_of(spec.method, spec.seed)
+    method = method_of(spec.method, spec.seed)
     factories = {str(c): seeded(find(c.name, METRICS, "metrics").metric, c.settings, spec.seed) for c in spec.metrics}
     for factory in factories.values():
         factory()
@@ -207,7 +207,7 @@ def run(
 def draw(spec: Spec, on: Scene, method: Method, scores: Scores, folder: Path) -> dict[str, dict[str, str]]:
     """Write image and overlay of the first images and of the best and worst ones; return their files by image."""
     pictures: dict[str, dict[str, str]] = {}
-    _, signed = method_of(spec.method)
+    is_signed = signed(method_of(spec.method))
     indices = worth_showing(scores)
     for batch in batches(on.samples, spec.batch, indices):
         subject = Subject(method, on.classifier, batch.to(on.classifier.device), Log())
@@ -217,7 +217,7 @@ def draw(spec: Spec, on: Scene, method: Method, scores: Scores, folder: Path) ->
             pictures[name] = {"image": put(folder, f"{index}.jpg", image)}
             if degenerate(raw[None])[0] is None:
                 file = f"{index}-{file_name(str(spec.method))}.jpg"
-                pictures[name]["overlay"] = put(folder, file, laid(image, raw, signed=signed))
+                pictures[name]["overlay"] = put(folder, file, laid(image, raw, signed=is_signed))
     return pictures
 
 

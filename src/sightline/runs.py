@@ -23,7 +23,7 @@ KINDS: Mapping[str, type] = {"explain": str, "layer": str, "images": int, "batch
 
 @dataclass(frozen=True)
 class Choice:
-    """A name from a catalogue with its settings: `"opti_cam"` or `{name = "opti_cam", steps = 50}`."""
+    """A name from a catalogue with its settings: `"opti_cam"`, `"opti_cam?steps=50"` or a table with a `name`."""
 
     name: str
     settings: Mapping[str, Any] = field(default_factory=dict[str, Any])
@@ -39,7 +39,7 @@ class Choice:
         if isinstance(value, Choice):
             return value
         if isinstance(value, str):
-            return cls(value)
+            return cls.parse(value)
         if not isinstance(value, Mapping):
             raise TypeError(f"expected a name or a table with a name, got {value!r}")
         if "name" not in value:
@@ -76,10 +76,19 @@ def split(text: str, mark: str, most: int = -1) -> list[str]:
     return [text[start:end] for start, end in zip([0, *(end + 1 for end in ends)], ends, strict=False)]
 
 
-def read_value(text: str) -> int | float | bool | str:
-    """Read an integer, a float, true or false, else text."""
+def read_value(text: str) -> Any:
+    """Read an integer, a float, true or false, a list or a table as TOML writes it, else text.
+
+    Raises:
+        ValueError: a list or a table that TOML cannot read.
+    """
     if text in ("true", "false"):
         return text == "true"
+    if text[:1] in ("[", "{"):
+        try:
+            return tomllib.loads(f"value = {text}")["value"]
+        except tomllib.TOMLDecodeError as error:
+            raise ValueError(f"cannot read {text!r}: {error}; write [1, 2] or {{3 = [1, 2]}}") from error
     for kind in (int, float):
         try:
             return kind(text)

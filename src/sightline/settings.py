@@ -33,8 +33,8 @@ def seeded(function: Callable[..., T], settings: Mapping[str, Any], seed: int | 
     return bind(function, {**own, **settings})
 
 
-def method_of(choice: Choice, seed: int | None = None) -> tuple[Method, bool]:
-    """Return the method that a choice stands for, with its settings, and whether its maps are signed.
+def method_of(choice: Choice, seed: int | None = None) -> Method:
+    """Return the method that a choice stands for, with its settings.
 
     A combinator has its methods in parentheses, each with settings of its own: `smooth(gradient)`,
     `mean(grad_cam, opti_cam?steps=20)`.
@@ -46,18 +46,33 @@ def method_of(choice: Choice, seed: int | None = None) -> tuple[Method, bool]:
     if not opened:
         if outer in COMBINATORS and outer not in METHODS:
             raise LookupError(f"{outer} makes a method of others; write {outer}(grad_cam), say")
-        entry = find(outer, METHODS, "methods")
-        return seeded(entry.method, choice.settings, seed), entry.signed
+        return seeded(find(outer, METHODS, "methods").method, choice.settings, seed)
+    if outer in METHODS:
+        raise LookupError(f"{outer} is a method and takes no other; its settings stand behind a ?: {outer}?key=value")
     if not inner.endswith(")"):
         raise ValueError(f"expected combinator(method, ...), got {choice.name!r}")
     combinator = find(outer, COMBINATORS, "combinators")
-    parts = [method_of(Choice.parse(text.strip()), seed) for text in split(inner[:-1], ",")]
-    if combinator.takes == "one" and len(parts) > 1:
-        raise ValueError(f"{outer} takes one method, got {len(parts)} in {choice.name!r}")
+    texts = [text.strip() for text in split(inner[:-1], ",")]
+    if not all(texts) or (combinator.takes == "one" and len(texts) > 1):
+        number = "one method" if combinator.takes == "one" else "methods"
+        raise ValueError(f"{outer} takes {number}, got {inner[:-1]!r} in {choice.name!r}")
     if missing := [name for name in combinator.needs if name not in choice.settings]:
         raise ValueError(f"{outer} needs {missing[0]}=; write {choice.name}?{missing[0]}=...")
-    combined: Method = seeded(combinator.combinator, choice.settings, seed)(*(method for method, _ in parts))
-    return combined, combinator.signed or any(signed for _, signed in parts)
+    parts = [method_of(Choice.parse(text), seed) for text in texts]
+    combined: Method = seeded(combinator.combinator, choice.settings, seed)(*parts)
+    return combined
+
+
+def signed(method: Callable[..., Any]) -> bool:
+    """Tell whether a method of ours gives signed maps; a combined one does where a method inside does."""
+    inner, bound = unbound(method), method.keywords if isinstance(method, partial) else {}
+    name = getattr(inner, "__name__", "")
+    if name in METHODS and METHODS[name].method is inner:
+        return METHODS[name].signed
+    if name not in COMBINATORS:
+        return False
+    parts = [*bound.get("methods", ()), *([bound["method"]] if "method" in bound else [])]
+    return COMBINATORS[name].signed or any(signed(part) for part in parts)
 
 
 def bind(function: Callable[..., T], settings: Mapping[str, Any]) -> Callable[..., T]:

@@ -185,9 +185,11 @@ def labels(runs: Sequence[Run]) -> list[str]:
 
 
 def named(choice: Choice) -> str:
-    """Write a choice with its settings in alphabetical order."""
+    """Write a choice with its settings in alphabetical order: `name(key=value)`, `smooth(gradient)[key=value]`."""
     inside = ", ".join(f"{key}={_shown(value)}" for key, value in sorted(choice.settings.items()))
-    return f"{choice.name}({inside})" if inside else choice.name
+    if not inside:
+        return choice.name
+    return f"{choice.name}[{inside}]" if "(" in choice.name else f"{choice.name}({inside})"
 
 
 def digits(values: Sequence[float], half_widths: Sequence[float | None] = ()) -> int:

@@ -148,7 +148,8 @@ def shown(table: Any) -> object:
     drawn.add_column("s/image", justify="right", overflow="fold")
     for group in (table.methods, table.controls):
         for row in group:
-            cells = [f"[bold green]{c.text}[/]" if c.best else c.text for c in row.cells]
+            texts = [f"{c.text} ± {c.half_width}" if table.models and c.half_width else c.text for c in row.cells]
+            cells = [f"[bold green]{text}[/]" if c.best else text for c, text in zip(row.cells, texts, strict=True)]
             drawn.add_row(row.label, *cells, row.seconds)
         drawn.add_section()
     return drawn

@@ -43,7 +43,7 @@ def head(classifier: Classifier, A: Features, logits: Logits) -> Tensor:
         UnsuitedError: there is no such linear layer.
     """
     for weight, bias in linear_layers(classifier.model):
-        if weight.shape[1] == A.shape[1] and len(weight) in (1, logits.shape[1]):
+        if weight.shape[1] == A.shape[1] and len(weight) in (1, logits.shape[1]) and bool(weight.any()):
             again = F.linear(A.mean((2, 3)), weight, bias)
             if torch.allclose(again, logits[:, -len(weight) :], rtol=1e-3, atol=1e-3 * float(logits.abs().max())):
                 return torch.cat([torch.zeros_like(weight), weight]) if len(weight) < logits.shape[1] else weight

@@ -13,14 +13,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sightline.classifier import Classifier, check_labels, logit
-from sightline.erase import Eraser, mix, resolve
+from sightline.erase import Eraser, filler, mix
 from sightline.maps import blur, pad, scale
-from sightline.types import Erase, Images, Labels, Saliency, Score
+from sightline.types import Images, Labels, Saliency, Score
 
 Shape: TypeAlias = Literal["square", "disc"]
-
-ONCE = ("black", "mean", "blur", "noise", "rise")
-"""Fillings that depend on the image alone, made once an image."""
 
 
 def occlusion(
@@ -168,12 +165,3 @@ def behind(
         for images in torch.split(torch.arange(len(x), device=x.device), chunk)
     ]
     return torch.cat(found, 1)
-
-
-def filler(x: Images, erase: Eraser, mean: tuple[float, ...]) -> Callable[[Tensor], Erase]:
-    """Return the function from numbers of images to the eraser of these very images."""
-    fill = resolve(erase, mean)
-    if not isinstance(erase, str) or erase not in ONCE:
-        return lambda i: fill
-    once = fill(x, torch.zeros_like(x[:, :1]))
-    return lambda i: lambda *_: once[i]

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from sightline.classifier import Classifier, UnsuitedError, check_images, check_labels, logit
 from sightline.hooks import differentiable, frozen
 from sightline.methods._attention import SOFTMAXES, read, rolled_out
-from sightline.types import Images, Labels, Saliency, Score
+from sightline.types import Images, Labels, Logits, Saliency, Score
 
 Rule: TypeAlias = Callable[..., tuple[Tensor | None, ...]]
 """From the relevance of a function's output, and its inputs, to the relevance of each input."""
@@ -45,14 +45,15 @@ def transformer_attribution(
     backwards; a network that does not keep its images along the first dimension runs again, image by image.
 
     Raises:
-        UnsuitedError: a network without attention of all tokens to all tokens, one that passes no gradient on, or one
-            with a function between attention and logits that has no rule.
+        UnsuitedError: a network without attention of all tokens to all tokens, one that passes no gradient on, one with
+            a function between attention and logits that has no rule, or one in half precision.
     """
     check_images(x, classifier.channels)
     images = Relevances(len(x))
     with differentiable(), frozen(classifier.model):
         seen = read(classifier, x.detach().clone().requires_grad_(), rules_of(images))
         y = check_labels(seen.logits, y)
+        check_precision(seen.logits, type(classifier.model).__name__)
         check_rules(seen.logits, seen.matrices, type(classifier.model).__name__)
         if len(x) > 1 and (images.mixed or seen.matrices[0].shape[-1] == len(x)):
             maps = [transformer_attribution(classifier, x[i : i + 1], y[i : i + 1], score=score) for i in range(len(x))]
@@ -252,6 +253,19 @@ def call(images: Relevances, f: Callable[..., Any], choose: Chooser, *args: Any,
 def in_place(f: Callable[..., Any], u: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """Call f and write what it gives into u."""
     return u.copy_(f(u.clone(), *args, **kwargs))
+
+
+def check_precision(logits: Logits, model: str) -> None:
+    """Check that R / f has enough digits.
+
+    Raises:
+        UnsuitedError: 16 bits.
+    """
+    if logits.dtype.itemsize < 4:
+        raise UnsuitedError(
+            f"{model} computes in {logits.dtype}, too coarse to divide relevance by activations; call model.float(), "
+            "or use generic_attention"
+        )
 
 
 def check_rules(logits: Tensor, matrices: tuple[Tensor, ...], model: str) -> None:

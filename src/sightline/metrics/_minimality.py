@@ -1,19 +1,14 @@
 """Minimality. Fong and Vedaldi, Interpretable explanations by meaningful perturbation, ICCV 2017: the deletion game."""
 
-from collections.abc import Callable
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from sightline.classifier import Classifier, probability
-from sightline.erase import Eraser, mix, resolve
+from sightline.erase import Eraser, filler, mix, resolve
 from sightline.maps import boxes, threshold
 from sightline.metrics._measure import Case, Measure, Scored, check_scored
-from sightline.types import Erase, Images, Labels, Saliency, Score, Values
-
-ONCE = ("black", "mean", "blur", "noise", "rise")
-"""Fillings that depend on the image alone, made once an image."""
+from sightline.types import Images, Labels, Score, Values
 
 
 def minimality(
@@ -110,19 +105,3 @@ def normalized(p: Float[Tensor, "b n"], start: Values, end: Values) -> Float[Ten
     """Return (p - end) / (start - end): 1 at the image's score, 0 at the erased one's; 1 where start <= end."""
     fall = (start - end)[:, None]
     return torch.where(fall > 0, (p - end[:, None]) / torch.where(fall > 0, fall, 1), 1)
-
-
-def filler(x: Images, erase: Eraser, mean: tuple[float, ...]) -> Callable[[Tensor], Erase]:
-    """Return the function from numbers of images to the eraser of these very images."""
-    fill = resolve(erase, mean)
-    if not isinstance(erase, str) or erase not in ONCE:
-        return lambda i: fill
-    once = fill(x, torch.zeros_like(x[:, :1]))
-
-    def of(i: Tensor) -> Erase:
-        def known(x: Images, saliency: Saliency) -> Images:
-            return once[i]
-
-        return known
-
-    return of

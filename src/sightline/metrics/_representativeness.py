@@ -5,10 +5,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sightline.classifier import probability
-from sightline.erase import Eraser, mix
+from sightline.erase import Eraser, filler, mix
 from sightline.maps import blur, scale, unit
 from sightline.metrics._measure import Case, Measure, Scored, check_scored
-from sightline.metrics._minimality import ends, filler, normalized
+from sightline.metrics._minimality import ends, normalized
 from sightline.types import Score
 
 
