@@ -2,6 +2,7 @@
 
 import copy
 import random
+import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -15,6 +16,9 @@ from sightline.classifier import Classifier, wrap
 
 torch.set_num_threads(1)
 """Tests run in several processes; more threads than cores only wait for each other."""
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in the background of a script, which tests of Ctrl-C inherit
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 NORMALIZATION = (0.45, 0.5, 0.55), (0.25, 0.3, 0.2)
 

@@ -244,12 +244,15 @@ def test_ctrl_c_keeps_what_was_finished(tmp_path: Path):
     command = [sys.executable, "-m", "sightline", "evaluate", "--model", MODEL, "--data", DATA, "--out", str(out)]
     command += ["--method", "center", "--method", slow, "--metric", "average_gain"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
-    while not (out / "center.json").exists() and time.monotonic() < deadline:
-        time.sleep(0.2)
-    time.sleep(1)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    try:
+        deadline = time.monotonic() + 120
+        while not (out / "center.json").exists() and time.monotonic() < deadline:
+            time.sleep(0.2)
+        time.sleep(1)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode == 130
     assert "what was finished is kept" in err
     assert Run.read(out / "center.json").scores.ids
