@@ -304,3 +304,12 @@ def test_lengths_are_those_of_224_pixels(disc, bright):
     y, settings = torch.tensor([0]), {"areas": (0.12,), "steps": 3}
     by_default = ep.extremal_perturbation(disc, bright, y, **settings)
     assert torch.equal(by_default, method(disc, bright, y, step=1, sigma=3.0, **settings))
+
+
+def test_masks_under_autocast_are_those_without(disc, bright):
+    single = Classifier(disc.model.float(), "")
+    settings = {"areas": (0.12,), "steps": 3, "step": 2, "sigma": 4.0}
+    expected = method(single, bright.float(), torch.tensor([0]), **settings)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = method(single, bright.float(), torch.tensor([0]), **settings)
+    torch.testing.assert_close(found.float(), expected, rtol=0, atol=0.02)

@@ -73,4 +73,4 @@ def between(levels: Levels, M: Saliency) -> Images:
     t = (1 - M[:, None]) * (n - 1)
     k = t.detach().floor().clamp(0, n - 2)
     low = k.long().expand(-1, -1, channels, -1, -1)
-    return torch.lerp(levels.gather(1, low), levels.gather(1, low + 1), t - k)[:, 0]
+    return torch.lerp(levels.gather(1, low), levels.gather(1, low + 1), (t - k).to(levels.dtype))[:, 0]
