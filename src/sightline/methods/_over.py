@@ -68,8 +68,10 @@ def members(classes: Members, label: int, logits: Logits) -> Int[Tensor, " n"]:
     Raises:
         ValueError: none, or one that the network does not have.
     """
-    of_label = classes.get(label, (label,)) if isinstance(classes, Mapping) else classes
-    found = of_label(label) if callable(of_label) else of_label
+    if isinstance(classes, Mapping):
+        found = classes.get(label, (label,))
+    else:
+        found = classes if isinstance(classes, Sequence) else classes(label)
     if len(found) == 0:
         raise ValueError(f"expected one or more classes for label {label}, got none")
     return check_labels(logits[:1].expand(len(found), -1), torch.as_tensor(found))
