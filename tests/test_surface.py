@@ -115,7 +115,10 @@ FUNCTIONS = {
         "Classifier.logits_with": "(self, x, features)",
         "Method.__call__": "(self, classifier, x, y=None, /)",
     },
-    "methods": {"per_class": "(method)"},
+    "methods": {
+        "per_class": "(method)",
+        "smallest_disc": METHODS["variable_occlusion"],
+    },
     "hooks": {
         "frozen": "(model)",
         "capture": "(model, layers)",

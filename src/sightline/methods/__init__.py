@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         contrastive_excitation_backprop as contrastive_excitation_backprop,
     )
     from sightline.methods._excitation_backprop import excitation_backprop as excitation_backprop
+    from sightline.methods._extremal_perturbation import POINTING as POINTING
     from sightline.methods._extremal_perturbation import extremal_perturbation as extremal_perturbation
     from sightline.methods._fake_cam import fake_cam as fake_cam
     from sightline.methods._flip_and_scale import flip_and_scale as flip_and_scale
@@ -42,6 +43,8 @@ if TYPE_CHECKING:
     from sightline.methods._layer_cam import layer_cam as layer_cam
     from sightline.methods._lime import lime as lime
     from sightline.methods._mean import mean as mean
+    from sightline.methods._meaningful_perturbation import LAYERS as LAYERS
+    from sightline.methods._meaningful_perturbation import LOCALIZATION as LOCALIZATION
     from sightline.methods._meaningful_perturbation import layer_perturbation as layer_perturbation
     from sightline.methods._meaningful_perturbation import meaningful_perturbation as meaningful_perturbation
     from sightline.methods._occlusion import occlusion as occlusion
@@ -61,6 +64,8 @@ if TYPE_CHECKING:
     from sightline.methods._smooth_grad import smooth_grad_squared as smooth_grad_squared
     from sightline.methods._smooth_grad import var_grad as var_grad
     from sightline.methods._transformer_attribution import transformer_attribution as transformer_attribution
+    from sightline.methods._variable_occlusion import Discs as Discs
+    from sightline.methods._variable_occlusion import smallest_disc as smallest_disc
     from sightline.methods._variable_occlusion import variable_occlusion as variable_occlusion
     from sightline.methods._x_grad_cam import x_grad_cam as x_grad_cam
     from sightline.types import Images, Labels, Saliency
@@ -394,7 +399,17 @@ METHODS: Mapping[str, Entry] = {
     ),
 }
 
-__all__ = ["COMBINATORS", "METHODS", "Combinator", "Entry", "per_class", *METHODS, *COMBINATORS]
+_MORE: Mapping[str, str] = {
+    "per_class": "sightline.methods._per_class:per_class",
+    "smallest_disc": "sightline.methods._variable_occlusion:smallest_disc",
+    "Discs": "sightline.methods._variable_occlusion:Discs",
+    "LAYERS": "sightline.methods._meaningful_perturbation:LAYERS",
+    "LOCALIZATION": "sightline.methods._meaningful_perturbation:LOCALIZATION",
+    "POINTING": "sightline.methods._extremal_perturbation:POINTING",
+}
+"""What goes with the methods: points, distributions and the papers' settings."""
+
+__all__ = ["COMBINATORS", "METHODS", "Combinator", "Entry", *_MORE, *METHODS, *COMBINATORS]
 
 
 def __getattr__(name: str) -> Any:
@@ -402,6 +417,6 @@ def __getattr__(name: str) -> Any:
         return METHODS[name].method
     if name in COMBINATORS:
         return COMBINATORS[name].combinator
-    if name == "per_class":
-        return load("sightline.methods._per_class:per_class")
+    if name in _MORE:
+        return load(_MORE[name])
     raise AttributeError(f"module 'sightline.methods' has no attribute {name!r}")
