@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sightline.maps import unit
-from sightline.registry import find
+from sightline.registry import chosen
 
 Normalize: TypeAlias = Literal["none", "unit", "max"]
 """A as it is; (A - min A) / (max A - min A); A / max A."""
@@ -26,7 +26,7 @@ def normalization(name: Normalize) -> Callable[[Tensor], Tensor]:
     Raises:
         LookupError: no such normalization.
     """
-    return find(name, NORMALIZATIONS, "normalizations")
+    return chosen(name, NORMALIZATIONS, "normalization")
 
 
 NORMALIZATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {"none": lambda maps: maps, "unit": unit, "max": peak}

@@ -12,7 +12,7 @@ from sightline.classifier import Classifier, Method, check_labels
 from sightline.methods._normalized import Normalize, normalization
 from sightline.methods._per_class import per_class
 from sightline.methods._perturbed import Chosen, called, complete
-from sightline.registry import find
+from sightline.registry import chosen
 from sightline.types import Images, Labels, Logits, Saliency
 
 Members: TypeAlias = Sequence[int] | Mapping[int, Sequence[int]] | Callable[[int], Sequence[int]]
@@ -50,7 +50,7 @@ def added(
     reduce: Reduce,
 ) -> Saliency:
     """Return the sum or mean of the classes' maps, (b, 1, i, j) on the method's grid."""
-    n, together = normalization(normalize), find(reduce, REDUCTIONS, "reductions")
+    n, together = normalization(normalize), chosen(reduce, REDUCTIONS, "reduction")
     with torch.no_grad():
         logits = classifier(x)
     sets = [members(classes, label, logits) for label in check_labels(logits, y).tolist()]

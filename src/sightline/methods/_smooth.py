@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sightline.classifier import Classifier, Method
 from sightline.methods._perturbed import Chosen, average, called, check_counts, complete, maps_of
-from sightline.registry import find
+from sightline.registry import chosen
 from sightline.types import Images, Labels, Saliency
 
 Moment: TypeAlias = Literal["mean", "variance", "square"]
@@ -73,7 +73,7 @@ def smoothed(
     check_counts(samples, chunk)
     if not noise >= 0:
         raise ValueError(f"expected noise >= 0, a standard deviation, got {noise}")
-    combine, spread = find(moment, MOMENTS, "moments"), find(relative_to, RANGES, "ranges")
+    combine, spread = chosen(moment, MOMENTS, "moment"), chosen(relative_to, RANGES, "range")
     y, x = classifier.labels(x, y), x.detach()
     sigma, generator = noise * spread(classifier, x), torch.Generator().manual_seed(seed)
     copies = (x + sigma * gaussian(x, generator) for _ in range(samples))
