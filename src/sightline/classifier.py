@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from sightline import layers
@@ -191,10 +191,14 @@ class Classifier:
         except (RuntimeError, TypeError):  # what lies behind wants the batch size of the input: to join both, say
             return run(x.expand(len(features), -1, -1, -1))
 
+    def places(self, output: Tensor, x: Images) -> Int[Tensor, "c i j"]:
+        """Return where in the layer's flat output for one image each feature of the grid lies."""
+        numbers = torch.arange(output[0].numel(), dtype=torch.float64).view(1, *output.shape[1:])
+        return self.to_grid(numbers, x[:1])[0].long().to(output.device)
+
     def replaced(self, output: Tensor, x: Float[Tensor, "1 ch h w"], features: Float[Tensor, "n c i j"]) -> Tensor:
         """Return n copies of the layer's output for one image, with each of `features` (n, c, i, j) on the grid."""
-        numbers = torch.arange(output[0].numel(), dtype=torch.float64).view(1, *output.shape[1:])
-        places = self.to_grid(numbers, x).flatten().long().to(output.device).expand(len(features), -1)
+        places = self.places(output, x).flatten().expand(len(features), -1)
         several = output.expand(len(features), *output.shape[1:]).flatten(1)
         return several.scatter(1, places, features.flatten(1)).view(-1, *output.shape[1:])
 

@@ -169,7 +169,7 @@ def layer_perturbation(
             logits = classifier(x)
         C, x = explained(logits, y, classes), x.detach().to(torch.promote_types(x.dtype, torch.float32))
         output = classifier.reached(calls[-1] if calls else None)
-        places = places_of(classifier, output, x)
+        places = classifier.places(output, x)
 
         def f(m: Saliency, i: Tensor) -> Values:
             return total(score, masked_logits(classifier, x[i], m, places, len(calls)), C[i])
@@ -235,12 +235,6 @@ BLUR_GRADS: Mapping[str, Callable[[Saliency, float], Saliency]] = {
 }
 
 UPSAMPLES: Mapping[str, Upsample] = {"nearest": "nearest", "bilinear": "bilinear"}
-
-
-def places_of(classifier: Classifier, output: Tensor, x: Images) -> Int[Tensor, "c i j"]:
-    """Return where in the layer's flat output each feature of the grid lies."""
-    numbers = torch.arange(output[0].numel(), dtype=torch.float64).view(1, *output.shape[1:])
-    return classifier.to_grid(numbers, x[:1])[0].long().to(output.device)
 
 
 def masked_logits(classifier: Classifier, x: Images, m: Saliency, places: Int[Tensor, "c i j"], calls: int) -> Logits:
