@@ -28,7 +28,7 @@ def filled(one, values, batches):
 
 
 def outcome(sums):
-    return tuple(part.reshape(-1) for part in sums.compute())
+    return tuple(part.reshape(-1) for part in sums.compute()[:2])
 
 
 def test_mean_and_numbers_of_each_image():
@@ -101,6 +101,40 @@ def test_update_after_compute_counts():
     outcome(sums)
     sums.update(values[2:], torch.tensor([2, 3]))
     assert outcome(sums)[0].item() == pytest.approx(values.mean().item(), rel=1e-14)
+
+
+def test_an_image_with_nan_does_not_count():
+    values = numbers(6, width=2)
+    values[[1, 4], [0, 1]] = torch.nan
+    counted = [0, 2, 3, 5]
+    sums = filled(measure(width=2, finish=lambda v: v.sum(-1)), values, [[0, 1], [2, 3, 4, 5]])
+    mean, per_image, count = sums.compute()
+    assert torch.allclose(mean, values[counted].mean(0), rtol=1e-14)
+    assert count.item() == 4
+    assert per_image.isnan().tolist() == [False, True, False, False, True, False]
+    assert torch.allclose(per_image[counted], values[counted].sum(1), rtol=1e-14)
+
+
+def test_where_no_image_counts_the_mean_is_nan():
+    sums = filled(measure(), torch.full((3, 1), torch.nan, dtype=torch.float64), [[0, 1, 2]])
+    mean, per_image, count = sums.compute()
+    assert mean.isnan().all()
+    assert per_image.isnan().all()
+    assert count.item() == 0
+
+
+def test_a_width_may_be_found_out():
+    values = numbers(5, width=4)
+    sums = filled(measure(width=None, state="mean", finish=lambda v: v.sum(-1)), values, [[0, 1], [2, 3, 4]])
+    assert torch.allclose(outcome(sums)[0], values.mean(0), rtol=1e-14)
+    assert sums.finished(outcome(sums)[0]).shape == ()
+
+
+def test_a_pool_keeps_everything_in_order():
+    values = numbers(5, width=3)
+    values[2, 1] = torch.nan
+    sums = filled(measure(width=None, state="pool"), values, [[4, 0], [1, 2, 3]])
+    assert torch.equal(sums.compute()[1], values[[0, 1, 3, 4]])
 
 
 def joined(mine, other):

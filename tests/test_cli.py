@@ -84,7 +84,7 @@ def test_list_shows_every_method_and_metric(capsys: pytest.CaptureFixture[str]):
         (["report", "EMPTY"], "no run in"),
         (
             ["train", "classifier", "--data", "creaturs", "--out", "x"],
-            "no dataset called 'creaturs'; did you mean creatures?",
+            "no dataset called 'creaturs'; did you mean creatures",
         ),
         (["nonsense"], "No such command 'nonsense'; see `sightline --help`"),
     ],
@@ -309,3 +309,36 @@ def test_evaluate_averages_over_several_models(capsys: pytest.CaptureFixture[str
     code, _, _ = call(capsys, "report", out, "--out", tmp_path / "page.html")
     assert code == 0
     assert "seed=2" in (tmp_path / "page.html").read_text()
+
+
+def test_scenes_are_data_sets_of_one_specification_with_a_folder_each(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+):
+    spec, out = tmp_path / "spec.toml", tmp_path / "out"
+    spec.write_text(
+        'model = "mini_vgg?classes=20"\nmethod = ["center", "gradient"]\nmetrics = ["area"]\nbatch = 2\n'
+        '[[scene]]\ndata = "creatures?count=2"\n'
+        '[[scene]]\ndata = "creatures?count=2&variant=small"\nmetrics = ["area", "pxap"]\n'
+    )
+    code, told, _ = call(capsys, "evaluate", spec, "--out", out)
+    assert code == 0
+    assert sorted(path.relative_to(out).as_posix() for path in out.rglob("*.json")) == [
+        *("creatures-1/center.json", "creatures-1/gradient.json"),
+        *("creatures-2/center.json", "creatures-2/gradient.json"),
+    ]
+    assert (out / "table.md").read_text().count("###") == 2
+    assert "pxap" in told
+    code, _, _ = call(capsys, "report", out, "--out", tmp_path / "page.html")
+    assert code == 0
+    assert (tmp_path / "page.html").read_text().count("<h3>Scores</h3>") == 2
+
+
+def test_maps_of_another_tool_are_scored(capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    kept, out = tmp_path / "maps", tmp_path / "out"
+    ours = ("evaluate", "--data", "creatures?count=2", "--metric", "pxap", "--explain", "label")
+    assert call(capsys, *ours, "--method", "gradient", "--keep", kept, "--out", tmp_path / "first")[0] == 0
+    code, told, _ = call(capsys, *ours, "--maps", kept / "gradient", "--model", "none?size=64&classes=20", "--out", out)
+    assert code == 0
+    assert "there is no classifier to ask" in " ".join(told.split())
+    first, second = (json.loads(next(folder.glob("*.json")).read_text()) for folder in (tmp_path / "first", out))
+    assert first["scores"]["scores"][0]["value"] == pytest.approx(second["scores"]["scores"][0]["value"], abs=1e-4)

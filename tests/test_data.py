@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sightline.data import Batch, Dataset, Indexed, Sample, batches, collate
+from sightline.data import Batch, Dataset, Indexed, Sample, batches, collate, layers
 
 
 def sample(i, label=0, side=4, **rest):
@@ -103,3 +103,35 @@ def test_protocols():
     assert isinstance(Numbers(3), Dataset)
     assert isinstance([sample(0)], Indexed)
     assert not isinstance([sample(0)], Dataset)
+
+
+def test_boxes_are_asked_for_by_class():
+    boxes = torch.tensor([[0.0, 0.0, 2.0, 2.0], [1.0, 1.0, 3.0, 3.0]])
+    of_label = Sample("a", torch.zeros(3, 4, 4), 5, boxes=boxes)
+    assert torch.equal(of_label.boxes_of(5), boxes)
+    assert of_label.boxes_of(6).shape == (0, 4)
+    named = Sample("a", torch.zeros(3, 4, 4), 5, boxes=boxes, box_labels=torch.tensor([5, 6]))
+    assert named.boxes_of(6).tolist() == [[1, 1, 3, 3]]
+    mask = torch.tensor([[0, 0, 6, 0], [0, 6, 255, 0]])
+    assert Sample("a", torch.zeros(3, 2, 4), 5, mask=mask).boxes_of(5).tolist() == [[1, 0, 3, 2]]
+    assert Sample("a", torch.zeros(3, 2, 4), 5, mask=mask).boxes_of(0).shape == (0, 4)
+    assert Sample("a", torch.zeros(3, 2, 4), 5).boxes_of(5) is None
+
+
+def test_the_region_of_a_class_leaves_out_what_is_ignored():
+    sample = Sample("a", torch.zeros(3, 1, 4), 1, mask=torch.tensor([[0, 2, 255, 1]]))
+    inside, counted = sample.region_of(1)
+    assert inside.tolist() == [[False, True, False, False]]
+    assert counted.tolist() == [[True, True, False, True]]
+    assert Sample("a", torch.zeros(3, 1, 4), 1).region_of(1) is None
+    with pytest.raises(ValueError, match="masks hold classes 0 to 253"):
+        sample.region_of(254)
+
+
+def test_layers_go_down_to_the_data_set():
+    class Wrapped:
+        def __init__(self, samples):
+            self.samples = samples
+
+    inner = [1, 2]
+    assert list(layers(Wrapped(Wrapped(inner))))[-1] is inner

@@ -9,7 +9,7 @@ from torch import nn
 
 from sightline.classifier import Classifier
 from sightline.data import Batch, Sample, collate
-from sightline.evaluation import EXPLAIN, measure
+from sightline.evaluation import EXPLAIN, Maps, measure
 from sightline.methods import grad_cam
 from sightline.metrics import Measure, average_drop, average_gain, deletion, insertion
 
@@ -343,3 +343,41 @@ def test_a_method_must_return_maps(columns, returned, error, message, plain):
 
     with pytest.raises(error, match=message):
         measure(method, columns, [batch(striped(*ORDERS), LABELS)], {"drop": average_drop()})
+
+
+def test_maps_are_made_once_for_each_image_and_class(small):
+    calls = []
+
+    def method(classifier, x, y=None, /):
+        calls.append(y.tolist())
+        return x[:, :1] * y.view(-1, 1, 1, 1)
+
+    x = torch.rand(3, 3, 4, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    one, two = (collate([Sample(f"i{i}", image, 0) for i, image in enumerate(images)]) for images in (x, x.flip(0)))
+    maps = Maps(method)
+    first = maps.of(small, one, torch.tensor([0, 1, 2]))
+    again = maps.of(small, one, torch.tensor([0, 2, 2]))
+    assert calls == [[0, 1, 2], [2]]
+    assert torch.equal(again[[0, 2]], first[[0, 2]])
+    maps.of(small, two, torch.tensor([0, 1, 2]))  # other images of the same names: only the middle one is the same
+    assert calls[2:] == [[0, 2]]
+    assert maps.seconds > 0
+    assert torch.equal(maps(small, x, torch.tensor([1, 1, 1])), x[:, :1])
+
+
+def test_maps_forget_the_oldest_when_there_is_no_room(small):
+    calls = []
+
+    def method(classifier, x, y=None, /):
+        calls.append(len(x))
+        return x[:, :1]
+
+    samples = [Sample(f"i{i}", torch.full((3, 4, 8), i / 10, dtype=torch.float64), 0) for i in range(9)]
+    maps = Maps(method, room=1)
+    for sample in samples:
+        maps.of(small, collate([sample]), torch.tensor([0]))
+    maps.of(small, collate(samples[-1:]), torch.tensor([0]))
+    assert len(calls) == 9
+    maps.of(small, collate(samples[:1]), torch.tensor([0]))
+    assert len(calls) == 10
+    assert len(maps.memory) == 4

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from scipy import ndimage
 
-from sightline.maps import binarize, blur, box, components, degenerate, largest, resize, unit
+from sightline.maps import binarize, blur, box, components, degenerate, largest, resize, scaled, unit
 
 
 def rand(*shape, seed=0):
@@ -198,3 +198,11 @@ def test_the_box_is_tight_and_half_open():
     assert box(mask("#")) == (0, 0, 1, 1)
     assert box(torch.ones(3, 5, dtype=torch.bool)) == (0, 0, 5, 3)
     assert box(torch.zeros(3, 5, dtype=torch.bool)) == (0, 0, 0, 0)
+
+
+def test_scaling_makes_a_constant_map_zero_and_not_its_rounding_errors():
+    constant = torch.full((1, 1, 2, 2), 0.7)
+    assert scaled(constant, (7, 9)).abs().max() == 0
+    assert scaled(constant.double() * 0 + 0.3, (24, 32)).abs().max() == 0
+    varied = torch.rand(2, 1, 3, 4, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(scaled(varied, (6, 5)), unit(resize(varied, (6, 5))))

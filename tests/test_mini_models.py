@@ -393,7 +393,7 @@ def test_the_embedded_default_is_what_it_says():
 
 
 def test_the_catalogue_names_what_it_builds():
-    assert list(MODELS) == ["creatures", "mini_resnet", "mini_vgg", "mini_vit"]
+    assert list(MODELS) == ["creatures", "mini_resnet", "mini_vgg", "mini_vit", "none"]
     assert all(entry.summary for entry in MODELS.values())
     assert isinstance(MODELS["mini_vit"](depth=1).model, MiniViT)
     assert set(models.__all__) <= set(dir(models))

@@ -9,9 +9,11 @@ import torch
 from PIL import Image
 
 from sightline import models, registry
+from sightline.classifier import UnsuitedError
 from sightline.data import Sample, batches
 from sightline.datasets import creatures
 from sightline.evaluation import measure
+from sightline.interchange import write_map
 from sightline.methods import METHODS, Entry, grad_cam
 from sightline.metrics import average_drop, insertion
 from sightline.models import mini_resnet
@@ -76,7 +78,9 @@ def network(tmp_path):
 
 def test_a_run_is_what_measure_gives_with_everything_recorded(tmp_path):
     told = []
-    made = run(spec(), folder=tmp_path / "out" / "pictures", report=lambda done, count: told.append((done, count)))
+    made = run(
+        spec(), folder=tmp_path / "out" / "pictures", report=lambda done, count, note: told.append((done, count))
+    )
     classifier, data = mini_resnet(20), creatures(count=5, size=64)
     metrics = {"average_drop": average_drop(), "insertion": insertion(steps=4)}
     expected = measure(grad_cam, classifier, batches(data, 2), metrics)
@@ -111,7 +115,8 @@ def test_arguments_are_recorded_with_their_defaults():
     method, metrics, data = (made.arguments[key] for key in ("method", "metrics", "data"))
     assert method["erase"] == "blur(sigma=3.0)"
     assert (method["steps"], method["lr"], method["score"]) == (2, 0.1, "logit")
-    assert metrics["average_drop"] == {"erase": "black", "exponent": 1.0, "scored": "label"}
+    whole = {"erase": "black", "exponent": 1.0, "region": "map", "on": "boxes", "scored": "label"}
+    assert metrics["average_drop"] == whole
     assert metrics["insertion(steps=4)"].items() >= {
         "steps": 4, "erase": "rise", "ties": "row_major", "score": "probability", "scored": "predicted", "seed": 0,
     }.items()  # fmt: skip
@@ -371,7 +376,7 @@ def test_labels_outside_the_classes():
 
 
 def test_no_metric_and_no_image(plain):
-    with pytest.raises(ValueError, match="expected at least one metric, got none"):
+    with pytest.raises(ValueError, match="the specification lists no metric; expected at least one"):
         run(spec(metrics=[]))
     with pytest.raises(ValueError, match="no image was measured; the data set is empty"):
         run(spec(data={"name": "creatures", "count": 0}))
@@ -386,3 +391,115 @@ def test_plugins_stand_beside_ours(tmp_path, monkeypatch):
     assert named(spec(method="own"))[0] is blank
     made = run(spec(method="own", explain="least"), folder=tmp_path)
     assert all("overlay" in kept for kept in made.pictures.values())
+
+
+def test_relabeled_masks_boxes_and_labels_follow():
+    class Two:
+        classes, skipped = ("b", "a"), {}
+
+        def __len__(self):
+            return 1
+
+        def __getitem__(self, index):
+            mask = torch.tensor([[0, 1, 2, 255]])
+            return Sample(
+                "one", torch.zeros(3, 1, 4), 0, torch.tensor([1, 0]), box_labels=torch.tensor([1, 0]), mask=mask
+            )
+
+    one = Relabeled(Two(), (3, 1), 5)[0]
+    assert one.label == 3
+    assert one.labels.tolist() == [0, 0, 0, 1, 0]
+    assert one.box_labels.tolist() == [1, 3]
+    assert one.mask.tolist() == [[0, 4, 2, 255]]
+
+
+CLASSIFIERS = [{"name": "mini_vgg", "classes": 20}, {"name": "mini_resnet", "classes": 20, "seed": 3}]
+
+
+def test_a_protocol_is_asked_for_like_a_metric_and_gives_a_score_a_part():
+    listed = ["average_drop", {"name": "multi_classifier_accuracy", "classifiers": CLASSIFIERS}]
+    told = []
+    made = run(spec(metrics=listed), report=lambda *said: told.append(said))
+    parts = [f"multi_classifier_accuracy.{part}" for part in ("clean", "masked_in", "masked_out", "inpainted")]
+    assert [score.metric.name for score in made.scores.scores] == ["average_drop", *parts]
+    assert made.scores.scores[1].higher_is_better is None
+    assert made.scores.scores[2].metric.settings == {"classifiers": CLASSIFIERS}
+    assert len(made.scores.scores[2].curve) == 2
+    assert told[-1] == (5, 5, "multi_classifier_accuracy")
+    key = str(Spec.of({**TABLE, "metrics": listed}).metrics[1])
+    assert made.arguments["metrics"][key]["classifiers"] == CLASSIFIERS
+    assert made.arguments["metrics"][key]["rule"] == "matched_area"
+
+
+def test_protocols_alone_need_no_metric_and_see_only_the_images_asked_for():
+    held_out = {"name": "creatures", "split": "val", "count": 4}
+    made = run(spec(metrics=[{"name": "weak_localization", "held_out": held_out}], images=3))
+    assert {score.metric.name.partition(".")[0] for score in made.scores.scores} == {"weak_localization"}
+    assert made.scores["weak_localization.value"].count == 3
+    assert len(made.scores.ids) == 3
+
+
+def test_a_protocol_s_needs_and_settings_are_checked_first():
+    with pytest.raises(ValueError, match="weak_localization needs held_out="):
+        named(spec(metrics=["weak_localization"]))
+    with pytest.raises(LookupError, match="no setting called 'clasifiers'"):
+        named(spec(metrics=[{"name": "multi_classifier_accuracy", "clasifiers": [], "classifiers": []}]))
+    with pytest.raises(LookupError, match="no metric called 'cue_localisation'; did you mean cue_localization"):
+        named(spec(metrics=["cue_localisation"]))
+
+
+def test_maps_in_files_are_scored_like_a_method_s(tmp_path):
+    on = scene(spec())
+    for batch in batches(on.samples, 2):
+        maps = grad_cam(on.classifier, batch.x, batch.y)
+        for name, one in zip(batch.ids, maps, strict=True):
+            write_map(tmp_path / f"{name}.npy", one)
+    asked = {"metrics": ["localization_error", "pxap", "average_drop"], "explain": "label"}
+    ours = run(spec(**asked))
+    theirs = run(spec(method={"name": "maps", "root": str(tmp_path)}, **asked), folder=tmp_path / "pictures")
+    assert [score.value for score in theirs.scores.scores] == pytest.approx(
+        [score.value for score in ours.scores.scores]
+    )
+    assert theirs.pictures
+    with pytest.raises(ValueError, match="maps needs root=, the folder of the maps"):
+        named(spec(method="maps"))
+    with pytest.raises(UnsuitedError, match="needs the method itself"):
+        run(spec(method={"name": "maps", "root": str(tmp_path)}, metrics=["max_sensitivity"]))
+
+
+def test_maps_are_kept_where_another_run_finds_them(tmp_path):
+    asked = {"metrics": ["pxap"], "explain": "label"}
+    ours = run(spec(**asked), keep=tmp_path)
+    assert len(list(tmp_path.glob("*.npy"))) == 5
+    theirs = run(spec(method={"name": "maps", "root": str(tmp_path)}, **asked))
+    assert theirs.scores["pxap"].value == pytest.approx(ours.scores["pxap"].value)
+
+
+def test_a_name_that_leaves_the_folder_is_refused(tmp_path):
+    class Wandering:
+        classes, skipped = (), {}
+
+        def __len__(self):
+            return 1
+
+        def __getitem__(self, index):
+            return Sample("../out", torch.rand(3, 64, 64), 0)
+
+    on = replace(scene(spec()), samples=Wandering())
+    with pytest.raises(ValueError, match=r"the map of '\.\./out' would lie outside"):
+        run(spec(metrics=["average_drop"]), on=on, keep=tmp_path / "maps")
+
+
+def test_maps_are_judged_without_a_classifier(tmp_path):
+    for sample in creatures("test", count=5):
+        write_map(tmp_path / f"{sample.id}.npy", (sample.mask == sample.label + 1).float())
+    alone = {"model": {"name": "none", "size": 64, "classes": 20}, "method": {"name": "maps", "root": str(tmp_path)}}
+    made = run(
+        spec(**alone, metrics=["localization_error", "pxap", "max_box_accuracy_v2"]), folder=tmp_path / "pictures"
+    )
+    assert [score.value for score in made.scores.scores] == pytest.approx([0, 100, 100])
+    assert made.scores.accuracy is None
+    assert Run.read(made.write(tmp_path / "run.json")).scores.predicted == (-1,) * 5
+    for metric in ("official_metric", "average_drop", "insertion"):
+        with pytest.raises(UnsuitedError, match=r"there is none \(model 'none'\)"):
+            run(spec(**alone, metrics=[metric]))

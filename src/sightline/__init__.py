@@ -23,8 +23,11 @@ _PUBLIC = {
     "Spec": "sightline.runs",
     "Run": "sightline.runs",
 }
-_CATALOGUES = ("datasets", "methods", "metrics", "models")
-_MODULES = ("classifier", "data", "erase", "images", "maps", "report", "runs", "training", "viz", *_CATALOGUES)
+_CATALOGUES = ("datasets", "methods", "metrics", "models", "protocols")
+_MODULES = (
+    *("classifier", "data", "erase", "images", "interchange", "maps", "report", "runs", "training", "viz"),
+    *_CATALOGUES,
+)
 
 __version__ = "0.1.0"
 __all__ = [*_PUBLIC, "__version__"]

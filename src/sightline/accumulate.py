@@ -9,7 +9,7 @@ from sightline.metrics import Measure
 
 
 class Accumulate(Metric):
-    """Sum (b, width) numbers in float64; keep one finished number an image where the measure asks for it."""
+    """Sum (b, width) numbers in float64, those of images with NaN left out; keep what else the measure asks for."""
 
     higher_is_better: bool | None = None
     full_state_update = False
@@ -23,29 +23,37 @@ class Accumulate(Metric):
         super().__init__()
         self.measure = measure
         self.set_dtype(torch.float64)
-        self.add_state("total", torch.zeros(measure.width, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("total", torch.zeros(measure.width or (), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("count", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
         self.add_state("values", [], dist_reduce_fx="cat")
         self.add_state("places", [], dist_reduce_fx="cat")
 
     def update(self, numbers: Float[Tensor, "b width"], places: Int[Tensor, " b"]) -> None:
         """Add one batch; `places` are the images' positions in the data set."""
-        self.total = self.total + numbers.double().sum(0)
-        self.count = self.count + len(numbers)
+        numbers = numbers.double()
+        counted = numbers.isnan().any(1).logical_not()
+        self.total = self.total + numbers[counted].sum(0)
+        self.count = self.count + counted.sum()
         if self.measure.state == "per_image":
-            self.values.append(self.finished(numbers.double()))
+            self.values.append(torch.where(counted, self.finished(numbers), torch.nan))
             self.places.append(places)
+        if self.measure.state == "pool":
+            self.values.append(numbers[counted])
+            self.places.append(places[counted])
 
-    def compute(self) -> tuple[Float[Tensor, " width"], Float[Tensor, " n"]]:
-        """Return the mean numbers, and one finished number an image in the order of the data set (empty if not kept).
+    def compute(self) -> tuple[Float[Tensor, " width"], Float[Tensor, "n ..."], Int[Tensor, ""]]:
+        """Return the mean numbers, what is kept of each image in the order of the data set, how many images count.
+
+        Nothing kept is an empty tensor. Mean numbers are NaN where no image counts, and so is the finished number of an
+        image that does not.
 
         Raises:
             ValueError: nothing was added.
         """
-        if int(self.count) == 0:
+        if not self.update_called:
             raise ValueError("no image was measured; the data set is empty")
         values, places = gathered(self.values, torch.float64), gathered(self.places, torch.long)
-        return self.total / self.count, values[places.argsort()]
+        return self.total / self.count, values[places.argsort()], self.count.clone()
 
     def finished(self, numbers: Float[Tensor, "*b width"]) -> Float[Tensor, "*b"]:
         """Return what is reported of `width` numbers."""

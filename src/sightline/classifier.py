@@ -68,6 +68,24 @@ SCORES: Mapping[str, Score] = {
 }
 
 
+class Absent(nn.Module):
+    """No network: for maps of other tools, judged by annotations alone. Any forward pass is refused."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.classes = classes
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Refuse.
+
+        Raises:
+            UnsuitedError: always.
+        """
+        raise UnsuitedError(
+            "this asks the classifier, and there is none (model 'none'); name the network that the maps explain"
+        )
+
+
 @dataclass(frozen=True, eq=False)
 class Classifier:
     """A network, the layer that is explained, and how to read both.

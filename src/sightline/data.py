@@ -32,6 +32,10 @@ class Sample:
     label: int | None = None
     labels: Int[Tensor, " k"] | None = None
     boxes: Float[Tensor, "n 4"] | None = None
+    box_labels: Int[Tensor, " n"] | None = None
+    """The class of each box; None where all are of the label."""
+    difficult: Bool[Tensor, " n"] | None = None
+    """Which boxes the data set itself calls difficult (Pascal VOC)."""
     mask: Int[Tensor, "h w"] | None = None
     instances: Int[Tensor, "h w"] | None = None
     parts: Mapping[str, Bool[Tensor, "h w"]] = field(default_factory=dict[str, Tensor])
@@ -41,6 +45,43 @@ class Sample:
     attributes: Float[Tensor, " a"] | None = None
     size: tuple[int, int] | None = None
     """Height and width of the original picture, before any resizing."""
+
+    def boxes_of(self, label: int) -> Float[Tensor, "n 4"] | None:
+        """Return the boxes of a class; where only a mask is known, the tightest one around the class's pixels.
+
+        Boxes without `box_labels` are those of the label. None where neither is known; (0, 4) where the class is not
+        there.
+        """
+        if self.boxes is not None:
+            labels = torch.tensor([self.label] * len(self.boxes)) if self.box_labels is None else self.box_labels
+            return self.boxes[labels == label]
+        if self.mask is None:
+            return None
+        check_mask(label)
+        rows, columns = ((self.mask == label + 1).any(axis).nonzero().flatten() for axis in (1, 0))
+        found = [[columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]] if len(rows) else []
+        return torch.tensor(found, dtype=torch.float32).reshape(-1, 4)
+
+    def region_of(self, label: int) -> tuple[Bool[Tensor, "h w"], Bool[Tensor, "h w"]] | None:
+        """Return the pixels of a class in the mask, and those that count (all but 255); None without a mask.
+
+        Raises:
+            ValueError: a class above 253, for which a mask has no value.
+        """
+        if self.mask is None:
+            return None
+        check_mask(label)
+        return self.mask == label + 1, self.mask != 255
+
+
+def check_mask(label: int) -> None:
+    """Check that a mask has a value for a class: class + 1 below 255, which is ignored.
+
+    Raises:
+        ValueError: it has none.
+    """
+    if label > 253:
+        raise ValueError(f"masks hold classes 0 to 253, as 1 to 254; class {label} has no value there")
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,3 +143,12 @@ class Dataset(Indexed[Sample], Protocol):
     def skipped(self) -> Mapping[str, str]:
         """File -> why it was skipped; empty where nothing was."""
         ...
+
+
+def layers(samples: object) -> Iterator[object]:
+    """Yield the samples, then what they wrap, layer by layer."""
+    layer: object | None = samples
+    while layer is not None:
+        yield layer
+        inside = (getattr(layer, name, None) for name in ("samples", "source", "dataset"))
+        layer = next((one for one in inside if one is not None), None)

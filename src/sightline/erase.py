@@ -6,12 +6,14 @@ and metric takes `erase=` and every result records it.
 """
 
 from collections.abc import Callable, Mapping
-from functools import partial
-from typing import TypeAlias
+from functools import lru_cache, partial
+from typing import Any, TypeAlias
 
 import cv2
 import numpy as np
 import torch
+from scipy import sparse
+from scipy.sparse.linalg import splu
 from torch import Tensor
 
 from sightline.maps import Padding
@@ -76,7 +78,65 @@ def telea(x: Images, saliency: Saliency, *, radius: float = 3.0, keep: float = 0
     return torch.from_numpy(np.stack(filled).reshape(pixels.shape)).permute(0, 3, 1, 2).to(x) / 255
 
 
-ERASERS: Mapping[str, Erase] = {"black": black, "blur": blur, "noise": noise, "telea": telea}
+STENCIL = ((0, 1, 1 / 6), (1, 0, 1 / 6), (1, 1, 1 / 12), (1, -1, 1 / 12))
+"""Steps down and across to half of the eight neighbors, and their weights; the other half lies opposite."""
+
+
+def noisy_linear(x: Images, saliency: Saliency, *, noise: float = 0.01, seed: int = 0, keep: float = 0.5) -> Images:
+    """Fill each removed pixel (saliency <= `keep`) with the weighted mean of its neighbors, plus noise (ROAD).
+
+    u_i = sum_j w_ij u_j / sum_j w_ij over the eight neighbors j, 1/6 beside and 1/12 across, solved for all removed
+    pixels at once; at the border the neighbors that are there share the weight. A removed pixel then gets Gaussian
+    noise of standard deviation `noise` in [0, 1], drawn with `seed`, the same for every image of a batch; the filling
+    is not clamped. Of an image of which nothing is kept, every constant is a solution: it gets its mean color.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    drawn = noise * torch.randn(x.shape[1:], generator=generator, dtype=torch.float64)
+    images = x.detach().permute(0, 2, 3, 1).double().cpu().numpy()
+    holes = (saliency <= keep)[:, 0].cpu().numpy()
+    filled = np.stack([imputed(image, hole) for image, hole in zip(images, holes, strict=True)])
+    u = torch.from_numpy(filled).permute(0, 3, 1, 2)
+    return torch.where(torch.from_numpy(holes)[:, None], u + drawn, u).to(x)
+
+
+def imputed(image: Any, hole: Any) -> Any:
+    """Return an image (h, w, ch) of which the pixels in a hole (h, w) are weighted means of their neighbors."""
+    flat, missing = image.reshape(-1, image.shape[2]), hole.ravel()
+    if missing.all():
+        return np.broadcast_to(flat.mean(0), image.shape)
+    if not missing.any():
+        return image
+    rows = laplacian(*hole.shape)[missing]
+    A, b = rows[:, missing].tocsc(), -(rows[:, ~missing] @ flat[~missing])
+    solver = splu(A, permc_spec="MMD_AT_PLUS_A", diag_pivot_thresh=0.0, options={"SymmetricMode": True})
+    u = flat.copy()
+    u[missing] = solver.solve(b)
+    return u.reshape(image.shape)
+
+
+@lru_cache(maxsize=4)
+def laplacian(h: int, w: int) -> Any:
+    """Return the sparse matrix of u -> sum_j w_ij (u_i - u_j) on the pixels of an image."""
+    cells = np.arange(h * w).reshape(h, w)
+    pairs = [
+        (cells[: h - down, max(0, -across) : w - max(0, across)], down * w + across, weight)
+        for down, across, weight in STENCIL
+    ]
+    i = np.concatenate([here.ravel() for here, _, _ in pairs])
+    j = np.concatenate([here.ravel() + step for here, step, _ in pairs])
+    weights = np.concatenate([np.full(here.size, weight) for here, _, weight in pairs])
+    W = sparse.coo_matrix((weights, (i, j)), shape=(h * w, h * w)).tocsr()
+    W = W + W.T
+    return (sparse.diags(np.asarray(W.sum(1)).ravel()) - W).tocsr()
+
+
+ERASERS: Mapping[str, Erase] = {
+    "black": black,
+    "blur": blur,
+    "noise": noise,
+    "telea": telea,
+    "noisy_linear": noisy_linear,
+}
 
 
 MASKLESS = ("black", "mean", "blur", "noise", "rise")

@@ -1,20 +1,22 @@
 """Evaluation. Objects in, numbers out: one method, one classifier, batches and measures."""
 
+import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from sightline.accumulate import Accumulate
-from sightline.classifier import Classifier, Method, check_images, check_labels, check_range, probability
+from sightline.classifier import Absent, Classifier, Method, check_images, check_labels, check_range, probability
 from sightline.data import Batch
-from sightline.maps import degenerate, resize, unit
-from sightline.metrics import Case, Measure
+from sightline.maps import degenerate, scaled
+from sightline.metrics import Case, Measure, Scored, check_scored, finite
 from sightline.runs import Choice, Score, Scores
-from sightline.types import Images, Labels, Saliency
+from sightline.types import Images, Labels, Logits, Saliency
 
 Explain: TypeAlias = Literal["scored", "label", "predicted", "second", "least"]
 
@@ -45,12 +47,22 @@ def measure(
     check_explain(explain)
     if not metrics:
         raise ValueError("expected at least one metric, got none")
+    return measured(Maps.of_method(method), classifier, batches, metrics, explain, report)
+
+
+def measured(
+    maps: "Maps",
+    classifier: Classifier,
+    batches: Iterable[Batch],
+    metrics: Mapping[str, Measure],
+    explain: Explain,
+    report: Callable[[int], None] | None,
+) -> Scores:
+    """Do the work of `measure`; without metrics it notes what the classifier says."""
     sums = {name: Accumulate(one).to(classifier.device) for name, one in metrics.items()}
-    log = Log()
+    log, before = Log(), maps.seconds
     for batch in batches:
-        check_images(batch.x, classifier.channels)
-        check_range(batch.x)
-        subject = Subject(method, classifier, batch.to(classifier.device), log)
+        subject = Subject(maps, classifier, checked_batch(batch, classifier), log)
         places = torch.arange(len(log.ids), len(log.ids) + len(batch), device=subject.batch.x.device)
         log.note(subject)
         for name, one in metrics.items():
@@ -61,7 +73,39 @@ def measure(
             report(len(log.ids))
     if not log.ids:
         raise ValueError("no image was measured; the data set is empty")
-    return log.scores(sums)
+    return log.scores(sums, maps.seconds - before)
+
+
+def cases(
+    method: Method,
+    classifier: Classifier,
+    batches: Iterable[Batch],
+    *,
+    explain: Explain = "scored",
+    scored: Scored = "label",
+) -> Iterator[Case]:
+    """Explain batches one by one; what a protocol goes through.
+
+    Raises:
+        TypeError, ValueError: as `measure`.
+    """
+    check_explain(explain)
+    check_scored(scored)
+    maps = Maps.of_method(method)
+    for batch in batches:
+        subject = Subject(maps, classifier, checked_batch(batch, classifier), Log())
+        yield subject.case(scored if explain == "scored" else explain, scored, subject.label(scored))
+
+
+def checked_batch(batch: Batch, classifier: Classifier) -> Batch:
+    """Return the batch on the classifier's device.
+
+    Raises:
+        TypeError, ValueError: images that are no float tensors in [0, 1] of the classifier's channels.
+    """
+    check_images(batch.x, classifier.channels)
+    check_range(batch.x)
+    return batch.to(classifier.device)
 
 
 def check_explain(explain: str) -> None:
@@ -74,47 +118,119 @@ def check_explain(explain: str) -> None:
         raise ValueError(f"expected explain to be one of {', '.join(EXPLAIN)}, got {explain!r}")
 
 
+@runtime_checkable
+class Named(Protocol):
+    """What knows the maps of images by their names."""
+
+    def of(self, ids: Sequence[str], y: Labels, size: tuple[int, int]) -> Float[Tensor, "n 1 i j"]: ...
+
+
+class Maps:
+    """A method that makes no map twice: the last ones stay in memory, by image and class, and the time is taken.
+
+    `room` is how many bytes of images and maps are kept, at least those of one batch. As a method it is the one inside.
+    """
+
+    def __init__(self, method: Method, room: int = 2**30) -> None:
+        self.method, self.room = method, room
+        self.seconds = 0.0
+        self.memory: dict[tuple[int, str, int], tuple[Tensor, Tensor]] = {}
+        self.classifiers: dict[int, Classifier] = {}  # kept, so that no other one gets the number of one that is gone
+
+    @classmethod
+    def of_method(cls, method: Method) -> "Maps":
+        """Return the method as maps; maps as they are."""
+        return method if isinstance(method, Maps) else cls(method)
+
+    def __call__(self, classifier: Classifier, x: Images, y: Labels | None = None, /) -> Saliency:
+        """Explain with the method inside."""
+        return self.method(classifier, x, y)
+
+    def of(self, classifier: Classifier, batch: Batch, y: Labels) -> Saliency:
+        """Return the maps of a batch for the classes y; those that are in memory are not made again.
+
+        Raises:
+            TypeError, ValueError: maps of another kind or shape than (b, 1, i, j) floats.
+        """
+        self.classifiers[id(classifier)] = classifier
+        keys = [(id(classifier), name, label) for name, label in zip(batch.ids, y.tolist(), strict=True)]
+        images = [sample.image for sample in batch.samples]
+        new = [i for i, (key, image) in enumerate(zip(keys, images, strict=True)) if not self.knows(key, image)]
+        if new:
+            made = self.made(classifier, batch, y, new)
+            self.memory |= {keys[i]: (images[i], one) for i, one in zip(new, made, strict=True)}
+        found = torch.stack([self.memory[key][1] for key in keys])
+        most = max(4 * len(batch), self.room // sum(map(size_of, self.memory[keys[-1]])))
+        for key in list(self.memory)[: max(0, len(self.memory) - most)]:
+            del self.memory[key]
+        return found
+
+    def knows(self, key: tuple[int, str, int], image: Tensor) -> bool:
+        """Tell whether a map is in memory, and is of this very image."""
+        known = self.memory.get(key)
+        return known is not None and (known[0] is image or torch.equal(known[0], image))
+
+    def made(self, classifier: Classifier, batch: Batch, y: Labels, new: Sequence[int]) -> Float[Tensor, "n 1 i j"]:
+        """Explain some images of a batch, and add to the time."""
+        x, labels = (batch.x, y) if len(new) == len(batch) else (batch.x[new], y[new])
+        synchronize(x)
+        start = time.perf_counter()
+        if isinstance(self.method, Named):
+            ids, size = [batch.ids[i] for i in new], (x.shape[2], x.shape[3])
+            return checked(self.method.of(ids, labels, size).to(x.device), len(x))
+        saliency = checked(self.method(classifier, x, labels), len(x))
+        synchronize(x)
+        self.seconds += time.perf_counter() - start
+        return saliency
+
+
 @dataclass(eq=False)
 class Log:
-    """What is noted of every image, and the time spent on maps."""
+    """What is noted of every image."""
 
     ids: list[str] = field(default_factory=list[str])
     labels: list[int | None] = field(default_factory=list[int | None])
     predicted: list[int] = field(default_factory=list[int])
     probability: list[float] = field(default_factory=list[float])
     degenerate: dict[str, str] = field(default_factory=dict[str, str])
-    seconds: float = 0.0
 
     def note(self, subject: "Subject") -> None:
-        """Note one batch."""
-        predicted = subject.label("predicted")
+        """Note one batch; where there is no classifier, the prediction is -1."""
         self.ids += subject.batch.ids
         self.labels += [sample.label for sample in subject.batch.samples]
+        if isinstance(subject.classifier.model, Absent):
+            self.predicted += [-1] * len(subject.batch)
+            self.probability += [math.nan] * len(subject.batch)
+            return
+        predicted = subject.label("predicted")
         self.predicted += predicted.tolist()
         self.probability += probability(subject.logits.double(), predicted).tolist()
 
-    def scores(self, sums: Mapping[str, Accumulate]) -> Scores:
+    def scores(self, sums: Mapping[str, Accumulate], seconds: float) -> Scores:
         """Return the outcome."""
         scores = tuple(summed(Choice(name), one) for name, one in sums.items())
         lists = tuple(self.ids), tuple(self.labels), tuple(self.predicted), tuple(self.probability)
-        return Scores(scores, *lists, self.seconds, self.degenerate)
+        return Scores(scores, *lists, seconds, self.degenerate)
 
 
 def summed(metric: Choice, sums: Accumulate) -> Score:
-    """Return one metric's outcome."""
-    mean, per_image = (part.reshape(-1) for part in sums.compute())  # torchmetrics squeezes what holds one number
-    curve = tuple(mean.tolist()) if sums.measure.width > 1 else ()
-    return Score(metric, float(sums.finished(mean)), sums.measure.higher_is_better, tuple(per_image.tolist()), curve)
+    """Return one metric's outcome; NaN where no image counts."""
+    measure, (mean, kept, count) = sums.measure, sums.compute()
+    mean = mean.reshape(-1)  # torchmetrics squeezes what holds one number
+    pooled = measure.state == "pool"
+    rows = kept.reshape(int(count), -1) if pooled and int(count) else mean
+    value = measure.finish(rows) if pooled else sums.finished(rows)
+    curve = () if measure.curve is None else tuple(measure.curve(mean).tolist())
+    per_image = () if pooled else tuple(kept.reshape(-1).tolist())
+    return Score(metric, float(value), measure.higher_is_better, per_image, curve, measure.axis, int(count))
 
 
 class Subject:
     """One batch under explanation: each map is made once, whatever asks for it."""
 
-    def __init__(self, method: Method, classifier: Classifier, batch: Batch, log: Log) -> None:
-        self.method, self.classifier, self.batch, self.log = method, classifier, batch, log
-        with torch.no_grad():
-            self.logits = classifier(batch.x)
-        self.maps: dict[str, Saliency] = {}
+    def __init__(self, maps: Maps, classifier: Classifier, batch: Batch, log: Log) -> None:
+        self.maps, self.classifier, self.batch, self.log = maps, classifier, batch, log
+        self.logits = logits_of(classifier, batch.x)
         self.cases: dict[tuple[str, str], Case] = {}
 
     def label(self, kind: str, metric: str = "the map") -> Labels:
@@ -128,46 +244,40 @@ class Subject:
                 name = next(sample.id for sample in self.batch.samples if sample.label is None)
                 raise ValueError(f"{metric} needs the label, and {name!r} has none; use the predicted class")
             return check_labels(self.logits, self.batch.y)
+        if isinstance(self.classifier.model, Absent):
+            self.classifier(self.batch.x)
         order = self.logits.argsort(dim=1, descending=True, stable=True)
         return order[:, {"predicted": 0, "second": 1, "least": -1}[kind]]
 
     def case(self, kind: str, scored: str, y: Labels) -> Case:
         """Return the batch with the map of class `kind`, to be scored for class y."""
         if (kind, scored) not in self.cases:
-            raw = self.map(kind)
-            x, size = self.batch.x, (self.batch.x.shape[2], self.batch.x.shape[3])
-            saliency = unit(resize(finite(raw), size)).to(x.dtype)
-            self.cases[kind, scored] = Case(self.classifier, x, y, saliency, raw, self.method, self.batch, self.logits)
+            raw, x = finite(self.map(kind)), self.batch.x
+            saliency = scaled(raw, (x.shape[2], x.shape[3])).to(x.dtype)
+            self.cases[kind, scored] = Case(
+                self.classifier, x, y, saliency, raw, self.maps, self.batch, self.logits, explained=self.label(kind)
+            )
         return self.cases[kind, scored]
 
     def map(self, kind: str) -> Saliency:
-        """Return the maps of class `kind`; an image whose class another kind has explained is not explained again."""
-        if kind not in self.maps:
-            y = self.label(kind)
-            self.maps[kind] = (
-                self.renewed(*next(iter(self.maps.items())), y) if self.maps else self.timed(self.batch.x, y)
-            )
-            reasons = zip(self.batch.ids, degenerate(self.maps[kind]), strict=True)
-            self.log.degenerate.update({name: reason for name, reason in reasons if reason is not None})
-        return self.maps[kind]
+        """Return the maps of class `kind`, and note those that show nothing."""
+        maps = self.maps.of(self.classifier, self.batch, self.label(kind))
+        reasons = zip(self.batch.ids, degenerate(maps), strict=True)
+        self.log.degenerate.update({name: reason for name, reason in reasons if reason is not None})
+        return maps
 
-    def renewed(self, known: str, maps: Saliency, y: Labels) -> Saliency:
-        """Return the maps of class y, given those of the class `known`."""
-        new = y != self.label(known)
-        if not bool(new.any()):
-            return maps
-        renewed = maps.clone()
-        renewed[new] = self.timed(self.batch.x[new], y[new])
-        return renewed
 
-    def timed(self, x: Images, y: Labels) -> Saliency:
-        """Explain, and add to the time."""
-        synchronize(x)
-        start = time.perf_counter()
-        saliency = checked(self.method(self.classifier, x, y), len(x))
-        synchronize(x)
-        self.log.seconds += time.perf_counter() - start
-        return saliency
+def size_of(values: Tensor) -> int:
+    """Return the bytes of a tensor's values."""
+    return values.numel() * values.element_size()
+
+
+def logits_of(classifier: Classifier, x: Images) -> Logits:
+    """Return the logits; NaN where there is no classifier."""
+    if isinstance(classifier.model, Absent):
+        return x.new_full((len(x), classifier.model.classes), math.nan)
+    with torch.no_grad():
+        return classifier(x)
 
 
 def checked(saliency: Any, count: int) -> Saliency:
@@ -185,11 +295,6 @@ def checked(saliency: Any, count: int) -> Saliency:
             f"the method returned maps of shape {tuple(saliency.shape)}; expected ({count}, 1, height, width)"
         )
     return saliency.detach()
-
-
-def finite(raw: Saliency) -> Saliency:
-    """Return the maps, zero everywhere in place of one that is not finite."""
-    return torch.where(raw.isfinite().flatten(1).all(1).view(-1, 1, 1, 1), raw, torch.zeros_like(raw))
 
 
 def synchronize(x: Tensor) -> None:

@@ -2,7 +2,6 @@
 
 import base64
 import html
-import io
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,9 +27,11 @@ from sightline.classifier import (
     probability,
     wrap,
 )
-from sightline.evaluation import checked, finite
+from sightline.evaluation import checked
+from sightline.interchange import npy
 from sightline.maps import degenerate, resize, unit
 from sightline.methods import Entry
+from sightline.metrics import finite
 from sightline.models import load as load_model
 from sightline.registry import unknown
 from sightline.runs import Choice, arguments, file_name, provenance, unbound, write_bytes, write_text
@@ -103,7 +104,9 @@ class Explanation:
             stem = Path(folder) / f"{Path(name).stem}-{file_name(self.spec['method'])}"
             if self.problems[index] is None:
                 written.append(write_bytes(stem.with_name(stem.name + ".png"), viz.png(self.overlay(index))))
-            written.append(write_bytes(stem.with_name(stem.name + ".npy"), npy(self.raw[index, 0])))
+            written.append(
+                write_bytes(stem.with_name(stem.name + ".npy"), npy(self.raw[index, 0].float().cpu().numpy()))
+            )
             text = json.dumps(self.record(index), indent=1, sort_keys=True) + "\n"
             written.append(write_text(stem.with_name(stem.name + ".json"), text))
         return written
@@ -309,10 +312,3 @@ def laid(photo: Float[Tensor, "ch h w"], raw: Float[Tensor, "1 i j"], *, signed:
     size = (photo.shape[1], photo.shape[2])
     shown = interpolate(raw[None].float().cpu(), size, mode="bilinear", antialias=True)
     return viz.overlay_signed(photo, shown[0, 0]) if signed else viz.overlay(photo, unit(shown)[0, 0])
-
-
-def npy(raw: Tensor) -> bytes:
-    """Return a map as the bytes of a .npy file."""
-    buffer = io.BytesIO()
-    np.save(buffer, raw.float().cpu().numpy())
-    return buffer.getvalue()

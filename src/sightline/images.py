@@ -101,7 +101,7 @@ def fit(image: Float[Tensor, "ch h w"], size: int | Size, policy: str) -> Float[
         ValueError: a size below one pixel, or so thin an image that it would be scaled to over `PIXELS` pixels.
     """
     wanted, source = as_size(size), (image.shape[-2], image.shape[-1])
-    scaled, (top, left) = _plan(source, wanted, policy)
+    scaled, (top, left) = plan(source, wanted, policy)
     if scaled[0] * scaled[1] > PIXELS:
         raise ValueError(f"{source} would be scaled to {scaled} for {policy!r}, over {PIXELS} pixels; use 'direct'")
     if scaled != source:
@@ -116,7 +116,7 @@ def fit_points(points: Float[Tensor, "n 2"], source: Size, size: int | Size, pol
         LookupError: no such policy.
         ValueError: a size below one pixel.
     """
-    (h, w), (top, left) = _plan(source, as_size(size), policy)
+    (h, w), (top, left) = plan(source, as_size(size), policy)
     return points * points.new_tensor([w / source[1], h / source[0]]) - points.new_tensor([left, top])
 
 
@@ -154,7 +154,7 @@ POLICIES: Mapping[str, Callable[[Size, Size], Size]] = MappingProxyType(
 """Resize policy -> (picture's size, wanted size) -> size to scale to, of which the center is then cut out."""
 
 
-def _plan(source: Size, size: Size, policy: str) -> tuple[Size, Size]:
+def plan(source: Size, size: Size, policy: str) -> tuple[Size, Size]:
     """Return the size to scale to and the upper left corner of the center."""
     if policy not in POLICIES:
         raise LookupError(unknown(policy, POLICIES, "resize policy"))

@@ -18,6 +18,7 @@ from markupsafe import Markup
 
 from sightline.methods import COMBINATORS
 from sightline.metrics import METRICS
+from sightline.protocols import PROTOCOLS
 from sightline.runs import Run, Score, split, write_text
 from sightline.table import NOTHING, Column, Row, Table, differences, digits, fixed, named, summary, tables
 
@@ -56,10 +57,16 @@ class Frame:
 
 @dataclass(frozen=True)
 class Panel:
-    """One chart: a metric, what its horizontal axis says, and a polyline a row that has a curve, controls first."""
+    """One chart: a metric, what its axes say, its frame, and a polyline a row that has a curve, controls first.
+
+    `ticks` are fractions of the way across, with what stands there.
+    """
 
     column: Column
     axis: str
+    unit: str
+    frame: Frame
+    ticks: tuple[tuple[float, str], ...]
     lines: tuple[tuple[Row, str], ...]
 
 
@@ -130,7 +137,6 @@ class Section:
     table: Table
     summary: str
     styles: Mapping[str, str]
-    frame: Frame
     panels: tuple[Panel, ...]
     metric: Column | None
     pictured: int
@@ -155,18 +161,24 @@ def report(runs: Sequence[Run], *, roots: Sequence[Path], title: str = TITLE, im
     sheet = {shot.name: shot.uri for shot in shots if shot.uri}
     styles = dict.fromkeys(style for part in sections for style in part.styles.values())
     return _template().render(
-        title=title, sections=sections, sheet=sheet, styles=styles, apart=differences(runs), meanings=meanings()
+        title=title, sections=sections, sheet=sheet, styles=styles, apart=differences(runs), meaning=meaning
     )
 
 
-def meanings() -> dict[str, str]:
-    """Return what a reader is told about each metric."""
-    return {name: f"{entry.summary}{f', in {entry.unit}' if entry.unit else ''}" for name, entry in METRICS.items()}
+def meaning(metric: str) -> str:
+    """Return what a reader is told about a metric, or about a number of a protocol."""
+    name = metric.partition(".")[0]
+    entry = METRICS[name] if name in METRICS else PROTOCOLS.get(name)
+    if entry is None:
+        return "a metric without a description here"
+    return f"{entry.summary}, in {entry.unit}" if entry.unit and name == metric else entry.summary
 
 
-def axis(metric: str) -> str:
-    """Return what a curve's horizontal axis is called."""
-    return METRICS[metric].axis if metric in METRICS else "fraction of the way"
+def axes(metric: str) -> tuple[str, str]:
+    """Return what the axes of a curve are called, across and up."""
+    name = metric.partition(".")[0]
+    entry = METRICS[name] if name in METRICS else PROTOCOLS.get(name)
+    return ("fraction of the way", "score") if entry is None else (entry.axis, entry.unit or "score")
 
 
 def write(paths: Sequence[Path], out: Path, *, title: str = TITLE, images: int = 8) -> Path:
@@ -239,13 +251,11 @@ def _section(table: Table, roots: Sequence[Path], images: int) -> Section:
     ids = [name for name in table.rows[0].run.scores.ids if any(name in row.run.pictures for row in table.rows)]
     photos = tuple(_photo(table, name, ranking=ranking, roots=roots) for name in ids[:images])
     cases = tuple(_case(row, ranking=ranking, roots=roots) for row in table.methods)
-    frame = _frame([value for row in table.rows for score in row.run.scores.scores for value in score.curve])
     return Section(
         table=table,
         summary=summary(table),
         styles=_styles(table),
-        frame=frame,
-        panels=tuple(panel for column in table.columns if (panel := _panel(table, column, frame)).lines),
+        panels=tuple(panel for column in table.columns if (panel := _panel(table, column)).lines),
         metric=ranking.metric,
         pictured=len(ids),
         photos=photos,
@@ -278,19 +288,37 @@ def _frame(values: Sequence[float]) -> Frame:
     return Frame(ticks[0][0], ticks[-1][0], ticks)
 
 
-def _panel(table: Table, column: Column, frame: Frame) -> Panel:
+def _panel(table: Table, column: Column) -> Panel:
     """Draw the curves of one metric."""
     scores = [(row, _score(row, column)) for row in (*table.controls, *table.methods)]
-    lines = [(row, _points(score.curve, frame)) for row, score in scores if score is not None]
-    return Panel(column, axis(column.metric.name), tuple(line for line in lines if line[1]))
+    drawn = [(row, score) for row, score in scores if score is not None and len(score.curve) > 1]
+    frame = _frame([value for _, score in drawn for value in score.curve])
+    lines = tuple((row, _points(score, frame)) for row, score in drawn)
+    ticks = _across(drawn[0][1].axis) if drawn else ()
+    return Panel(column, *axes(column.metric.name), frame, ticks, tuple(line for line in lines if line[1]))
 
 
-def _points(curve: Sequence[float], frame: Frame) -> str:
-    """Write a curve, its steps evenly spaced from 0 to 1, as an SVG polyline; empty where there is no line."""
-    if len(curve) < 2:
-        return ""
-    placed = [(frame.x(i / (len(curve) - 1)), value) for i, value in enumerate(curve) if math.isfinite(value)]
+def _points(score: Score, frame: Frame) -> str:
+    """Write a curve as an SVG polyline."""
+    count = len(score.curve)
+    places = _fractions(score.axis) if len(score.axis) == count else [i / (count - 1) for i in range(count)]
+    placed = [(frame.x(x), value) for x, value in zip(places, score.curve, strict=True) if math.isfinite(value)]
     return " ".join(f"{x:.2f},{frame.y(value):.2f}" for x, value in placed)
+
+
+def _fractions(axis: Sequence[float]) -> list[float]:
+    """Place the values of an axis between 0 and 1: by their logarithms where they span over two powers of ten."""
+    low, high = min(axis), max(axis)
+    if low > 0 and high > 100 * low:
+        return _fractions([math.log(value) for value in axis])
+    return [(value - low) / (high - low) if high > low else 0.5 for value in axis]
+
+
+def _across(axis: Sequence[float]) -> tuple[tuple[float, str], ...]:
+    """Choose the ticks of a horizontal axis: quarters of the way, or about five of its values."""
+    values = list(axis) or [0.0, 0.25, 0.5, 0.75, 1.0]
+    step = max(1, math.ceil((len(values) - 1) / 5))
+    return tuple((x, f"{value:g}") for x, value in zip(_fractions(values), values, strict=True))[::step]
 
 
 def _ranking(table: Table) -> Ranking:
@@ -320,13 +348,16 @@ def _photo(table: Table, name: str, *, ranking: Ranking, roots: Sequence[Path]) 
         shot=_shot(owner, name, "image", root=roots[owner.index]),
         label=None if label is None else _class(run, label),
         predicted=_class(run, predicted),
-        right=None if label is None else label == predicted,
-        probability=f"{100 * run.scores.probability[place]:.0f}\N{NO-BREAK SPACE}%",
+        right=None if label is None or predicted < 0 else label == predicted,
+        probability="" if predicted < 0 else f"{100 * run.scores.probability[place]:.0f}\N{NO-BREAK SPACE}%",
         examples=tuple(_example(row, name, ranking=ranking, roots=roots) for row in table.rows),
     )
 
 
 def _class(run: Run, index: int) -> str:
+    """Name a class; below zero there was no classifier to ask."""
+    if index < 0:
+        return ""
     return run.classes[index] if 0 <= index < len(run.classes) else f"class {index}"
 
 
@@ -334,7 +365,7 @@ def _case(row: Row, *, ranking: Ranking, roots: Sequence[Path]) -> Case:
     """Choose the images on which a method does best and worst, no image twice."""
     run, numbers, metric = row.run, ranking.numbers[row.label], ranking.metric
     shown = [name for name in numbers if not run.pictures or name in run.pictures or name in run.scores.degenerate]
-    order = sorted(shown, key=lambda name: numbers[name], reverse=metric is not None and metric.higher_is_better)
+    order = sorted(shown, key=lambda name: numbers[name], reverse=metric is not None and bool(metric.higher_is_better))
     count = min(CASES, len(order) // 2)
     best, worst = order[:count], order[::-1][:count]
     show = partial(_example, row, ranking=ranking, roots=roots)

@@ -1,27 +1,31 @@
 """Running. From a specification to a run: names become objects, `measure` does the work, everything is recorded."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from sightline import models, viz
-from sightline.classifier import Classifier, Method
+from sightline.classifier import Absent, Classifier, Method
 from sightline.data import Dataset, Indexed, Sample, batches
 from sightline.datasets import DATASETS
-from sightline.evaluation import Explain, Log, Subject, check_explain, checked, measure
+from sightline.evaluation import Explain, Log, Maps, Subject, check_explain, measured
 from sightline.explanation import laid
 from sightline.images import fit
+from sightline.interchange import stored, write_map
 from sightline.maps import degenerate
 from sightline.metrics import METRICS, Measure
+from sightline.protocols import PROTOCOLS
 from sightline.registry import find, load, unknown
-from sightline.runs import Choice, Run, Scores, Spec, arguments, describe, file_name, provenance, write_bytes
+from sightline.runs import Choice, Run, Score, Scores, Spec, arguments, describe, file_name, provenance, write_bytes
 from sightline.settings import bind, method_of, seeded, signed
-from sightline.types import Images, Labels, Saliency
+
+T = TypeVar("T")
 
 SHOWN = 8
 """How many images of a run get a picture, besides the best and the worst."""
@@ -33,8 +37,19 @@ SIDE = 160
 """Longer side of a picture in pixels."""
 
 
+STORED = "maps"
+"""The method that reads maps from files."""
+
 KEPT = 256
-"""How many of the last images and maps stay in memory."""
+"""How many of the last images stay in memory."""
+
+
+@dataclass(frozen=True)
+class Judges:
+    """The metrics and protocols of a specification with their settings, by their text."""
+
+    metrics: Mapping[str, Callable[..., Measure]]
+    protocols: Mapping[str, Callable[..., Mapping[str, Score]]]
 
 
 @dataclass(frozen=True)
@@ -77,42 +92,62 @@ class Recent:
         return self.read(index)
 
 
-class Recalled:
-    """A method whose last `KEPT` maps stay in memory, so that pictures of what was scored cost nothing."""
-
-    def __init__(self, method: Method) -> None:
-        self.method = method
-        self.maps: dict[tuple[bytes, int], Saliency] = {}
-
-    def __call__(self, classifier: Classifier, x: Images, y: Labels | None = None, /) -> Saliency:
-        labels = classifier.labels(x, y) if y is None else y
-        keys = [(image.cpu().numpy().tobytes(), int(label)) for image, label in zip(x, labels, strict=True)]
-        new = [index for index, key in enumerate(keys) if key not in self.maps]
-        if new:
-            made = checked(self.method(classifier, x[new], labels[new]), len(new))
-            self.maps |= {keys[index]: one for index, one in zip(new, made, strict=True)}
-        found = torch.stack([self.maps[key] for key in keys])
-        for key in list(self.maps)[: max(0, len(self.maps) - KEPT)]:
-            del self.maps[key]
-        return found
-
-
-def named(spec: Spec) -> tuple[Method, dict[str, Callable[..., Measure]]]:
-    """Return the method and the metrics with their settings: what can be checked before any work is done.
+def named(spec: Spec) -> tuple[Method, Judges]:
+    """Return the method, and the metrics and protocols with their settings: what can be checked before any work.
 
     Raises:
-        LookupError, TypeError, ValueError: an unknown name, a setting that does not fit, or a metric listed twice.
+        LookupError, TypeError, ValueError: an unknown name, a setting that does not fit, one that a protocol needs and
+            lacks, or a metric listed twice.
     """
     check_explain(spec.explain)
+    if not spec.metrics:
+        raise ValueError("the specification lists no metric; expected at least one")
     listed = [str(metric) for metric in spec.metrics]
     if twice := [name for name in listed if listed.count(name) > 1]:
         raise ValueError(f"the metric {twice[0]} is listed twice")
     find(spec.data.name, DATASETS, "datasets")
-    method = method_of(spec.method, spec.seed)
-    factories = {str(c): seeded(find(c.name, METRICS, "metrics").metric, c.settings, spec.seed) for c in spec.metrics}
-    for factory in factories.values():
-        factory()
-    return method, factories
+    method = chosen_method(spec)
+    protocols = {str(c): protocol_of(c, spec.seed) for c in spec.metrics if c.name in PROTOCOLS}
+    metrics = {str(c): metric_of(c, spec.seed) for c in spec.metrics if c.name not in PROTOCOLS}
+    return method, Judges(metrics, protocols)
+
+
+def chosen_method(spec: Spec) -> Method:
+    """Return the method of a specification; `maps` stands for a folder of maps.
+
+    Raises:
+        LookupError, TypeError, ValueError, OSError: see `method_of` and `stored`.
+    """
+    if spec.method.name != STORED:
+        return method_of(spec.method, spec.seed)
+    if "root" not in spec.method.settings:
+        raise ValueError(f"{STORED} needs root=, the folder of the maps")
+    made: Method = bind(stored, spec.method.settings)()  # type: ignore[call-arg]
+    return made
+
+
+def metric_of(choice: Choice, seed: int) -> Callable[..., Measure]:
+    """Return a metric with its settings, checked.
+
+    Raises:
+        LookupError, TypeError, ValueError: see `named`.
+    """
+    named_ones: Mapping[str, Any] = {**METRICS, **PROTOCOLS}
+    factory: Callable[..., Measure] = seeded(find(choice.name, named_ones, "metrics").metric, choice.settings, seed)
+    factory()
+    return factory
+
+
+def protocol_of(choice: Choice, seed: int) -> Callable[..., Mapping[str, Score]]:
+    """Return a protocol with its settings; classifiers and data sets are still those of the text.
+
+    Raises:
+        LookupError, TypeError, ValueError: see `named`.
+    """
+    entry = PROTOCOLS[choice.name]
+    if missing := [name for name in entry.needs if name not in choice.settings]:
+        raise ValueError(f'{choice.name} needs {missing[0]}=; write {{ name = "{choice.name}", {missing[0]} = ... }}')
+    return seeded(entry.protocol, choice.settings, seed)
 
 
 def reader_of(choice: Choice, classifier: Classifier) -> Callable[[], Dataset]:
@@ -134,15 +169,36 @@ def reader_of(choice: Choice, classifier: Classifier) -> Callable[[], Dataset]:
 class Relabeled:
     """Samples whose labels are the numbers that the classifier gives to classes of the same names."""
 
-    dataset: Dataset
+    source: Dataset
     numbers: tuple[int, ...]
+    classes: int
 
     def __len__(self) -> int:
-        return len(self.dataset)
+        return len(self.source)
 
     def __getitem__(self, index: int, /) -> Sample:
-        sample = self.dataset[index]
-        return sample if sample.label is None else replace(sample, label=self.numbers[sample.label])
+        sample, numbers = self.source[index], torch.tensor(self.numbers)
+        label = None if sample.label is None else self.numbers[sample.label]
+        box_labels = None if sample.box_labels is None else numbers[sample.box_labels]
+        return replace(
+            sample, label=label, box_labels=box_labels, labels=self.multi_hot(sample), mask=self.mask(sample)
+        )
+
+    def multi_hot(self, sample: Sample) -> Int[Tensor, " k"] | None:
+        """Return the classes that are there."""
+        if sample.labels is None:
+            return None
+        return torch.zeros(self.classes, dtype=torch.long).index_copy(
+            0, torch.tensor(self.numbers), sample.labels.long()
+        )
+
+    def mask(self, sample: Sample) -> Int[Tensor, "h w"] | None:
+        """Return the mask in the classifier's numbers."""
+        if sample.mask is None:
+            return None
+        values = torch.full((max(256, len(self.numbers) + 1),), 255)
+        values[: len(self.numbers) + 1] = torch.tensor([0, *(number + 1 for number in self.numbers)])
+        return values[sample.mask]
 
 
 def labeled(dataset: Dataset, classifier: Classifier) -> Indexed[Sample]:
@@ -159,7 +215,8 @@ def labeled(dataset: Dataset, classifier: Classifier) -> Indexed[Sample]:
             f"{unknown(missing[0], classifier.classes, 'class')}; rename the folders, or read the data without labels "
             "(labels=false) and score the predicted class"
         )
-    return Relabeled(dataset, tuple(classifier.classes.index(name) for name in dataset.classes))
+    numbers = tuple(classifier.classes.index(name) for name in dataset.classes)
+    return Relabeled(dataset, numbers, len(classifier.classes))
 
 
 def run(
@@ -167,7 +224,8 @@ def run(
     *,
     on: Scene | None = None,
     folder: Path | None = None,
-    report: Callable[[int, int], None] | None = None,
+    keep: Path | None = None,
+    report: Callable[[int, int, str], None] | None = None,
 ) -> Run:
     """Explain and score everything that a specification asks for.
 
@@ -175,43 +233,113 @@ def run(
         spec: what to do.
         on: the opened scene of this specification, where several methods share one.
         folder: where pictures go (the first images, the best and the worst); none are written without it.
-        report: told how many images of how many are done.
+        keep: where every map goes, as WSOL's `.npy`; none are written without it.
+        report: told how many images of how many are done, and which protocol is at work.
 
     Raises:
         LookupError, TypeError, ValueError, OSError: see `named`, `scene` and `measure`.
     """
-    function, factories = named(spec)
-    method = Recalled(function)
+    function, judges = named(spec)
+    maps = Maps(function)
     on = scene(spec) if on is None else on
     count = min(spec.images or len(on.samples), len(on.samples))
-    scores = measure(
-        method,
+    told = report or (lambda done, count, note: None)
+    scores = measured(
+        maps,
         on.classifier,
         batches(on.samples, spec.batch, range(count)),
-        {name: factory() for name, factory in factories.items()},
-        explain=cast(Explain, spec.explain),
-        report=None if report is None else lambda done: report(done, count),
+        {name: factory() for name, factory in judges.metrics.items()},
+        cast(Explain, spec.explain),
+        lambda done: told(done, count, ""),
     )
-    by_choice = zip(scores.scores, spec.metrics, strict=True)
-    scores = replace(scores, scores=tuple(replace(score, metric=choice) for score, choice in by_choice))
+    made: dict[str, tuple[Score, ...]] = {score.metric.name: (score,) for score in scores.scores}
+    for name, protocol in judges.protocols.items():
+        told(count, count, name.partition("(")[0])
+        parts = with_objects(protocol, on, spec)(maps, on.classifier, First(on.samples, count))
+        made[name] = tuple(replace(score, metric=Choice(part)) for part, score in parts.items())
+    scores = replace(scores, scores=tuple(one for choice in spec.metrics for one in named_after(choice, made)))
     recorded = {
         **on.arguments,
         "method": arguments(function),
-        "metrics": {name: arguments(factory) for name, factory in factories.items()},
+        "metrics": {name: arguments(one) for name, one in {**judges.metrics, **judges.protocols}.items()},
     }
-    pictures = {} if folder is None else draw(spec, on, method, scores, folder)
+    pictures = {} if folder is None else draw(spec, on, maps, scores, folder)
+    if keep is not None:
+        write_maps(spec, on, maps, count, keep)
     classes = on.classifier.classes or on.dataset.classes
     return Run(spec, scores, recorded, provenance(), classes, dict(on.dataset.skipped), pictures)
 
 
-def draw(spec: Spec, on: Scene, method: Method, scores: Scores, folder: Path) -> dict[str, dict[str, str]]:
+def shown_class(spec: Spec, classifier: Classifier) -> str:
+    """Return whose map is drawn and kept: that of the specification, else of the predicted class, if there is one."""
+    if spec.explain != "scored":
+        return spec.explain
+    return "label" if isinstance(classifier.model, Absent) else "predicted"
+
+
+def write_maps(spec: Spec, on: Scene, maps: Maps, count: int, keep: Path) -> None:
+    """Write the map of every image as `keep/ID.npy`.
+
+    Raises:
+        ValueError: the name of an image that would leave the folder.
+    """
+    for batch in batches(on.samples, spec.batch, range(count)):
+        subject = Subject(maps, on.classifier, batch.to(on.classifier.device), Log())
+        for name, raw in zip(batch.ids, subject.map(shown_class(spec, on.classifier)), strict=True):
+            path = keep / f"{name}.npy"
+            if not path.resolve().is_relative_to(keep.resolve()):
+                raise ValueError(f"the map of {name!r} would lie outside {keep}; rename the image")
+            write_map(path, raw)
+
+
+def named_after(choice: Choice, made: Mapping[str, tuple[Score, ...]]) -> Iterator[Score]:
+    """Yield the scores of a choice, named by it; those of a protocol are called `protocol.part`."""
+    for score in made[str(choice)]:
+        name = f"{choice.name}.{score.metric.name}" if choice.name in PROTOCOLS else choice.name
+        yield replace(score, metric=replace(choice, name=name))
+
+
+@dataclass(frozen=True)
+class First:
+    """The first `count` samples."""
+
+    samples: Indexed[Sample]
+    count: int
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int, /) -> Sample:
+        if not 0 <= index < self.count:
+            raise IndexError(f"there are {self.count} samples, got index {index}")
+        return self.samples[index]
+
+
+def with_objects(protocol: Callable[..., T], on: Scene, spec: Spec) -> Callable[..., T]:
+    """Return a protocol whose classifiers, data sets and methods are objects in place of their names.
+
+    Raises:
+        LookupError, TypeError, ValueError, OSError: a name, file or data set that does not fit.
+    """
+    said = protocol.keywords if isinstance(protocol, partial) else {}
+    makers: dict[str, Callable[[Any], Any]] = {
+        "classifiers": lambda listed: [models.load(Choice.of(one)) for one in listed],
+        "permuted": lambda one: models.load(Choice.of(one)),
+        "held_out": lambda one: Recent(labeled(reader_of(Choice.of(one), on.classifier)(), on.classifier)),
+        "by": lambda one: method_of(Choice.of(one), spec.seed),
+    }
+    objects = {name: make(said[name]) for name, make in makers.items() if name in said}
+    return partial(protocol, **{"batch": spec.batch, **said, **objects})
+
+
+def draw(spec: Spec, on: Scene, method: Maps, scores: Scores, folder: Path) -> dict[str, dict[str, str]]:
     """Write image and overlay of the first images and of the best and worst ones; return their files by image."""
     pictures: dict[str, dict[str, str]] = {}
-    is_signed = signed(method_of(spec.method))
+    is_signed = signed(method.method)
     indices = worth_showing(scores)
     for batch in batches(on.samples, spec.batch, indices):
         subject = Subject(method, on.classifier, batch.to(on.classifier.device), Log())
-        maps = subject.map("predicted" if spec.explain == "scored" else spec.explain)
+        maps = subject.map(shown_class(spec, on.classifier))
         for name, x, raw in zip(batch.ids, batch.x, maps, strict=True):
             index, image = scores.ids.index(name), thumbnail(x)
             pictures[name] = {"image": put(folder, f"{index}.jpg", image)}

@@ -2,11 +2,12 @@
 
 import inspect
 import json
+import math
 import os
 import platform
 import tempfile
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -152,6 +153,9 @@ class Spec:
 def read_specs(path: Path | str) -> tuple[Spec, ...]:
     """Read a TOML file; where `method` or `model` is a list, return one specification of each model and method.
 
+    Tables `[[scene]]` stand for several files in one: each says what is its own (data, model, metrics, images, ...),
+    and what it does not say is that of the file.
+
     Raises:
         FileNotFoundError: no such file.
         TypeError, ValueError: not TOML, or not a specification.
@@ -160,10 +164,23 @@ def read_specs(path: Path | str) -> tuple[Spec, ...]:
         table = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not TOML: {error}") from error
+    scenes = table.pop("scene", [{}])
+    if not isinstance(scenes, list) or not scenes or not all(isinstance(one, Mapping) for one in scenes):
+        raise TypeError(f"{path}: expected [[scene]] tables, got {scenes!r}")
+    return tuple(spec for scene in scenes for spec in several({**table, **scene}, path))
+
+
+def several(table: Mapping[str, Any], path: Path | str) -> Iterator[Spec]:
+    """Yield one specification of each model and method of a table.
+
+    Raises:
+        TypeError, ValueError: an empty list, or not a specification.
+    """
     if empty := [name for name in ("model", "method") if table.get(name) == []]:
         raise ValueError(f"{path} lists no {empty[0]}; expected at least one")
     models, methods = ([{name: one} for one in listed(table, name)] for name in ("model", "method"))
-    return tuple(Spec.of({**table, **model, **method}) for model in models or [{}] for method in methods or [{}])
+    for model in models or [{}]:
+        yield from (Spec.of({**table, **model, **method}) for method in methods or [{}])
 
 
 def listed(table: Mapping[str, Any], name: str) -> list[Any]:
@@ -174,25 +191,36 @@ def listed(table: Mapping[str, Any], name: str) -> list[Any]:
 
 @dataclass(frozen=True)
 class Score:
-    """One metric's outcome: the number, one number an image where kept, the mean curve where the metric has one."""
+    """One metric's outcome: the number, one number an image where kept, the curve where the metric has one.
+
+    An image that the metric does not count (it has no box, say) is NaN in `per_image`; `count` is how many do count.
+    The points of `curve` lie at `axis`, evenly from 0 to 1 where that is empty.
+    """
 
     metric: Choice
     value: float
-    higher_is_better: bool
+    higher_is_better: bool | None
     per_image: tuple[float, ...] = ()
     curve: tuple[float, ...] = ()
+    axis: tuple[float, ...] = ()
+    count: int | None = None
 
     @classmethod
     def of(cls, table: Mapping[str, Any]) -> "Score":
         """Read one score of a run's JSON."""
-        lists = {key: tuple(table[key]) for key in ("per_image", "curve")}
-        return cls(**{**table, **lists, "metric": Choice.of(table["metric"])})
+        lists = {key: tuple(map(number, table.get(key, ()))) for key in ("per_image", "curve", "axis")}
+        return cls(**{**table, **lists, "metric": Choice.of(table["metric"]), "value": number(table["value"])})
 
     @property
     def half_width(self) -> float | None:
         """Half of the 95 % confidence interval of the mean (normal approximation); None below two images."""
-        count = len(self.per_image)
-        return 1.96 * stdev(self.per_image) / count**0.5 if count > 1 else None
+        counted = [value for value in self.per_image if not math.isnan(value)]
+        return 1.96 * stdev(counted) / len(counted) ** 0.5 if len(counted) > 1 else None
+
+
+def number(value: float | None) -> float:
+    """Return a number of a JSON file, where None stands for NaN."""
+    return math.nan if value is None else value
 
 
 @dataclass(frozen=True)
@@ -203,6 +231,7 @@ class Scores:
     ids: tuple[str, ...]
     labels: tuple[int | None, ...]
     predicted: tuple[int, ...]
+    """-1 where there was no classifier."""
     probability: tuple[float, ...]
     """Of the predicted class, one an image."""
     seconds: float
@@ -218,8 +247,8 @@ class Scores:
 
     @property
     def accuracy(self) -> float | None:
-        """Share of images whose predicted class is their label; None without labels."""
-        pairs = [(a, b) for a, b in zip(self.labels, self.predicted, strict=True) if a is not None]
+        """Share of images whose predicted class is their label; None without labels or without a classifier."""
+        pairs = [(a, b) for a, b in zip(self.labels, self.predicted, strict=True) if a is not None and b >= 0]
         return fmean(a == b for a, b in pairs) if pairs else None
 
 
@@ -244,7 +273,7 @@ class Run:
         table = {**asdict(self), "spec": self.spec.plain()}
         for score, kept in zip(table["scores"]["scores"], self.scores.scores, strict=True):
             score["metric"] = kept.metric.plain()
-        return write_text(path, json.dumps(table, indent=1, sort_keys=True, default=describe) + "\n")
+        return write_text(path, json.dumps(strict(table), indent=1, sort_keys=True, default=describe) + "\n")
 
     @classmethod
     def read(cls, path: Path | str) -> "Run":
@@ -258,11 +287,21 @@ class Run:
             table = json.loads(Path(path).read_text(encoding="utf-8"))
             scores = table.pop("scores")
             scores["scores"] = tuple(Score.of(score) for score in scores["scores"])
-            listed = {key: tuple(scores[key]) for key in ("ids", "labels", "predicted", "probability")}
+            listed = {key: tuple(scores[key]) for key in ("ids", "labels", "predicted")}
+            listed["probability"] = tuple(map(number, scores["probability"]))
             table["classes"] = tuple(table["classes"])
             return cls(**{**table, "spec": Spec.of(table["spec"]), "scores": Scores(**{**scores, **listed})})
         except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} is not a run: {error}; runs are written by `sightline evaluate`") from error
+
+
+def strict(value: Any) -> Any:
+    """Return a value without NaN, for which JSON has no word: None stands for it."""
+    if isinstance(value, Mapping):
+        return {key: strict(item) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return [strict(item) for item in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def arguments(function: Callable[..., Any]) -> dict[str, Any]:

@@ -36,6 +36,9 @@ FIELDS = (
 )
 """Columns of the CSV file."""
 
+WIDE = 9
+"""Columns beyond which a table is turned: metrics down, methods across."""
+
 NOTHING = "\N{EN DASH}"
 """What stands where there is no number."""
 
@@ -46,12 +49,17 @@ class Column:
 
     metric: Choice
     label: str
-    higher_is_better: bool
+    higher_is_better: bool | None
 
     @property
     def arrow(self) -> str:
-        """Up where larger is better, else down."""
-        return "↑" if self.higher_is_better else "↓"
+        """Up where larger is better, down where smaller is, nothing where neither is."""
+        return "" if self.higher_is_better is None else "↑" if self.higher_is_better else "↓"
+
+    @property
+    def title(self) -> str:
+        """Label and arrow."""
+        return f"{self.label} {self.arrow}".strip()
 
 
 @dataclass(frozen=True)
@@ -97,6 +105,11 @@ class Table:
     def controls(self) -> tuple[Row, ...]:
         """The rows that do not."""
         return tuple(row for row in self.rows if row.control)
+
+    @property
+    def wide(self) -> bool:
+        """Whether it reads better with metrics down and methods across."""
+        return len(self.columns) > WIDE
 
 
 def tables(runs: Sequence[Run]) -> tuple[Table, ...]:
@@ -161,7 +174,7 @@ def headings(groups: Sequence[Mapping[str, Hashable]]) -> list[str]:
     names = [f"{group['model']} on {group['data']}" for group in groups]
     for key in ("explain", "seed", "image set", "predictions"):
         values = list(dict.fromkeys(group[key] for group in groups))
-        if len(values) == 1 or (key == "predictions" and len(set(names)) == len(names)):
+        if len(values) == 1 or (key in ("image set", "predictions") and len(set(names)) == len(names)):
             continue
         shown = [
             group[key] if key in ("explain", "seed") else f"no. {values.index(group[key]) + 1}" for group in groups
@@ -218,7 +231,10 @@ def summary(table: Table) -> str:
     what = f"{' and '.join(filter(None, who))} {verb} {whom} on {images} of {named(spec.data)}"
     right = [run.scores.accuracy for run in models]
     if any(accuracy is None for accuracy in right):
-        return f"{what}; accuracy unknown, the images have no labels."
+        without = (
+            "there is no classifier to ask" if models[0].scores.predicted[:1] == (-1,) else "the images have no labels"
+        )
+        return f"{what}; accuracy unknown, {without}."
     shares = " and ".join(f"{100 * accuracy:.1f}" for accuracy in right if accuracy is not None)
     return f"{what}; {'it classifies' if len(models) == 1 else 'they classify'} {shares} % of them correctly."
 
@@ -254,7 +270,7 @@ class _Number:
 
     value: float
     half_width: float | None
-    higher_is_better: bool
+    higher_is_better: bool | None
 
 
 def _number_of(scores: Sequence[Score | None]) -> _Number | None:
@@ -274,7 +290,7 @@ def _table(heading: str, rows: Sequence[Sequence[Run]], group: Sequence[int], mo
     order = [rows[place] for place in places]
     controls = [row[0].spec.method.name in CONTROLS for row in order]
     scores = [[{(named(s.metric), s.higher_is_better): s for s in run.scores.scores} for run in row] for row in order]
-    columns: dict[tuple[str, bool], Column] = {}
+    columns: dict[tuple[str, bool | None], Column] = {}
     for key, score in (item for row in scores for run in row for item in run.items()):
         columns.setdefault(key, Column(score.metric, *key))
     cells = [_cells([_number_of([run.get(key) for run in row]) for row in scores], controls) for key in columns]
@@ -312,8 +328,8 @@ def _seconds(value: float, decimals: int) -> str:
 
 
 def _half_width(score: Score) -> float | None:
-    """Return the half width where every image has a number."""
-    return score.half_width if all(math.isfinite(value) for value in score.per_image) else None
+    """Return the half width where no image has an infinite number."""
+    return None if any(math.isinf(value) for value in score.per_image) else score.half_width
 
 
 def _best(numbers: Sequence[_Number | None], texts: Sequence[str], controls: Sequence[bool]) -> str | None:
@@ -321,7 +337,7 @@ def _best(numbers: Sequence[_Number | None], texts: Sequence[str], controls: Seq
     competing = {
         number.value if number.higher_is_better else -number.value: text
         for number, text, control in zip(numbers, texts, controls, strict=True)
-        if number is not None and math.isfinite(number.value) and not control
+        if number is not None and number.higher_is_better is not None and math.isfinite(number.value) and not control
     }
     return competing[max(competing)] if len(set(competing.values())) > 1 else None
 
@@ -353,15 +369,32 @@ def _count(number: int, noun: str) -> str:
 
 def _markdown(table: Table) -> str:
     """Write one table with its heading and summary."""
-    titles = ["method", *(f"{_cell(column.label)} {column.arrow}" for column in table.columns), "s/image"]
+    spread = "the standard deviation over the classifiers" if table.models else "half of the 95 % confidence interval"
+    aside = " Behind the empty column: controls." if table.wide and table.methods and table.controls else ""
+    notes = f"{summary(table)} Bold: the best method; ± {spread}.{aside}"
+    lines = _turned(table) if table.wide else _straight(table)
+    return "\n".join([f"### {_cell(table.heading)}", "", _cell(notes), "", *lines, ""])
+
+
+def _straight(table: Table) -> list[str]:
+    """Write methods down and metrics across."""
+    titles = ["method", *(_cell(column.title) for column in table.columns), "s/image"]
     lines = [_line(titles), _line([":--", *["--:"] * (len(titles) - 1)])]
     lines += [_line(_row(row)) for row in table.methods]
     if table.methods and table.controls:
         lines.append(_line(["*controls*", *[""] * (len(titles) - 1)]))
-    lines += [_line(_row(row)) for row in table.controls]
-    spread = "the standard deviation over the classifiers" if table.models else "half of the 95 % confidence interval"
-    notes = f"{summary(table)} Bold: the best method; ± {spread}."
-    return "\n".join([f"### {_cell(table.heading)}", "", _cell(notes), "", *lines, ""])
+    return lines + [_line(_row(row)) for row in table.controls]
+
+
+def _turned(table: Table) -> list[str]:
+    """Write metrics down and methods across, controls behind an empty column."""
+    gap = [None] if table.methods and table.controls else []
+    shown: list[Row | None] = [*table.methods, *gap, *table.controls]
+    titles = ["metric", *("" if row is None else _cell(row.label) for row in shown)]
+    lines = [_line(titles), _line([":--", *["--:"] * len(shown)])]
+    for place, column in enumerate(table.columns):
+        lines.append(_line([_cell(column.title), *("" if row is None else _number(row.cells[place]) for row in shown)]))
+    return [*lines, _line(["s/image", *("" if row is None else row.seconds for row in shown)])]
 
 
 def _row(row: Row) -> list[str]:
@@ -389,7 +422,7 @@ def _record(run: Run, score: Score) -> list[Any]:
     layer = "" if spec.layer is None else spec.layer
     half_width = _half_width(score)
     width = "" if half_width is None else repr(half_width)
-    better = "true" if score.higher_is_better else "false"
+    better = "" if score.higher_is_better is None else str(score.higher_is_better).lower()
     who = [named(spec.model), named(spec.data), named(spec.method), arguments, spec.explain, layer, spec.seed]
-    value, count = repr(score.value), len(run.scores.ids)
+    value, count = repr(score.value), len(run.scores.ids) if score.count is None else score.count
     return [*who, named(score.metric), value, width, count, better, repr(run.scores.seconds)]

@@ -1,6 +1,6 @@
 """`sightline evaluate`: from methods and data to numbers."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -13,6 +13,7 @@ from sightline.cli._options import SETTING
 if TYPE_CHECKING:
     from sightline.running import Scene
     from sightline.runs import Run, Spec
+    from sightline.table import Cell, Table
 
 METRICS = ("average_drop", "average_increase", "average_gain", "insertion", "deletion")
 
@@ -22,6 +23,10 @@ METRICS = ("average_drop", "average_increase", "average_gain", "insertion", "del
 @click.option("--model", help="A model (see `sightline list models`).")
 @click.option("--data", help="A data set, with its settings: creatures?split=test, folder?root=pictures.")
 @click.option("--method", multiple=True, help="A method, or all; repeatable.")
+@click.option("--maps", multiple=True, metavar="DIR", help="A folder of maps that another tool wrote; repeatable.")
+@click.option(
+    "--keep", type=click.Path(path_type=Path), metavar="DIR", help="Write every map here, as DIR/METHOD/ID.npy."
+)
 @click.option("--metric", multiple=True, help="A metric, with its settings: insertion?steps=32; repeatable.")
 @click.option("--explain", help="Whose map: scored, label, predicted, second or least.")
 @click.option("--layer", help="The layer to explain, by its dotted name.")
@@ -32,14 +37,24 @@ METRICS = ("average_drop", "average_increase", "average_gain", "insertion", "del
 @click.option("--again", is_flag=True, help="Repeat runs that the output folder already holds.")
 @SETTING
 def command(
-    spec: Path | None, method: tuple[str, ...], metric: tuple[str, ...], out: Path, again: bool, **rest: Any
+    spec: Path | None,
+    method: tuple[str, ...],
+    maps: tuple[str, ...],
+    keep: Path | None,
+    metric: tuple[str, ...],
+    out: Path,
+    again: bool,
+    **rest: Any,
 ) -> None:
     """Explain and score a data set with one or more methods, as SPEC.toml or the options say (options win).
 
     Writes a run a method (METHOD.json, with every argument, version and number), their pictures, table.csv and
     table.md. SPEC.toml may list several models, trained with several seeds, say: each gets a folder, and the table
-    shows means and standard deviations over them. A run that the output folder already holds for the same
-    specification is kept, so that a stopped command goes on where it was.
+    shows means and standard deviations over them. Its [[scene]] tables are several data sets, a folder each. A run that
+    the output folder already holds for the same specification is kept, so that a stopped command goes on where it was.
+
+    --maps scores maps in files (DIR/IMAGE.npy, .npz or .png; settings as in DIR?form=irn&resize=crop) like a method;
+    --model none goes with it where no metric asks the classifier.
     """
     from rich.console import Console
 
@@ -47,20 +62,18 @@ def command(
     from sightline.running import named, scene
     from sightline.runs import write_text
 
-    specs = specifications(spec, method, metric, rest)
+    listed = (*method, *(f"maps?root={folder.replace('?', '&', 1)}" for folder in maps))
+    specs = specifications(spec, listed, metric, rest)
     for checked in specs:
         named(checked)
-    models = list(dict.fromkeys(str(one.model) for one in specs))
-    folders = {model: out / f"model-{i}" if len(models) > 1 else out for i, model in enumerate(models, 1)}
-    opened = lru_cache(1)(lambda model: scene(next(one for one in specs if str(one.model) == model)))
+    homes = places(specs, out)
+    opened = lru_cache(1)(lambda place: scene(specs[homes.index(place)]))
     made = [
-        finished(
-            one, partial(opened, str(one.model)), folders[str(one.model)], again, "all" in method, f"{i}/{len(specs)}"
-        )
-        for i, one in enumerate(specs, 1)
+        finished(one, partial(opened, home), home, kept(keep, home, out), again, "all" in method, f"{i}/{len(specs)}")
+        for i, (one, home) in enumerate(zip(specs, homes, strict=True), 1)
     ]
     runs = [one for one in made if one is not None]
-    drawn = table.tables(runs) if len(models) == 1 else (table.across(runs),)
+    drawn = tabled(runs)
     write_text(out / "table.csv", table.csv(runs))
     write_text(out / "table.md", table.markdown(drawn))
     console = Console()
@@ -68,6 +81,55 @@ def command(
         console.print(shown(one))
         console.print(f"{table.summary(one)}\n")
     click.echo(f"runs, table.csv and table.md are in {out}; `sightline report {out}` makes the page")
+
+
+def conditions(spec: "Spec") -> str:
+    """Return what specifications share that differ in model and method alone, as text."""
+    table = spec.plain()
+    return repr({key: table[key] for key in sorted(table) if key not in ("model", "method")})
+
+
+def places(specs: "Sequence[Spec]", out: Path) -> list[Path]:
+    """Return the folder of each specification: one a data set where there are several, in it one a model."""
+    from sightline.runs import file_name
+
+    groups: dict[str, dict[str, None]] = {}
+    for spec in specs:
+        groups.setdefault(conditions(spec), {})[str(spec.model)] = None
+    names = [next(spec.data.name for spec in specs if conditions(spec) == group) for group in groups]
+    folders = [
+        name if names.count(name) == 1 else f"{name}-{names[:i].count(name) + 1}" for i, name in enumerate(names)
+    ]
+    homes = {
+        group: out / file_name(folder) if len(groups) > 1 else out
+        for group, folder in zip(groups, folders, strict=True)
+    }
+
+    def place(spec: "Spec") -> Path:
+        group = conditions(spec)
+        models = list(groups[group])
+        return homes[group] / f"model-{models.index(str(spec.model)) + 1}" if len(models) > 1 else homes[group]
+
+    return [place(spec) for spec in specs]
+
+
+def kept(keep: Path | None, home: Path, out: Path) -> Path | None:
+    """Return where the maps of a folder's runs go."""
+    return None if keep is None else keep / home.relative_to(out)
+
+
+def tabled(runs: "Sequence[Run]") -> "list[Table]":
+    """Return a table of each data set; of several models the mean."""
+    from sightline import table
+
+    groups: dict[str, list[Run]] = {}
+    for one in runs:
+        groups.setdefault(conditions(one.spec), []).append(one)
+    drawn: list[Table] = []
+    for group in groups.values():
+        many = len({str(one.spec.model) for one in group}) > 1
+        drawn += [table.across(group)] if many else table.tables(group)
+    return drawn
 
 
 def specifications(
@@ -87,8 +149,9 @@ def specifications(
         chosen = methods(method, settings)
         if settings and not method:
             raise ValueError("--set needs --method: it belongs to the method")
-        listed = [replace(specs[0], method=one) for one in chosen] if chosen else specs
-        return [Spec.of({**plain(one), **said}) for one in listed]
+        listed = [replace(one, method=other) for one in specs for other in chosen] if chosen else specs
+        made = [Spec.of({**plain(one), **said}) for one in listed]
+        return list({repr(one.plain()): one for one in made}.values())
     metrics, creatures = tuple(map(Choice, METRICS)), Choice("creatures")
     table = {"model": creatures, "data": creatures, "metrics": metrics, **said}
     return [Spec.of({**table, "method": one}) for one in methods(method or ("grad_cam",), settings)]
@@ -100,7 +163,13 @@ def plain(spec: "Spec") -> dict[str, Any]:
 
 
 def finished(
-    spec: "Spec", opened: "Callable[[], Scene]", out: Path, again: bool, lenient: bool, place: str
+    spec: "Spec",
+    opened: "Callable[[], Scene]",
+    out: Path,
+    keep: Path | None,
+    again: bool,
+    lenient: bool,
+    place: str,
 ) -> "Run | None":
     """Return the run of a specification: the one in the output folder, or a new one, written there.
 
@@ -124,7 +193,8 @@ def finished(
                 spec,
                 on=opened(),
                 folder=out / f"{file_name(str(spec.method))}-pictures",
-                report=lambda done, count: progress.update(task, completed=done, total=count),
+                keep=None if keep is None else keep / file_name(str(spec.method)),
+                report=lambda done, count, note: progress.update(task, completed=done, total=count, note=note),
             )
     except UnsuitedError as error:
         if not lenient:
@@ -137,19 +207,28 @@ def finished(
     return made
 
 
-def shown(table: Any) -> object:
-    """Return a rich table: best values bold, controls below a line."""
-    from rich.table import Table
+def shown(table: "Table") -> object:
+    """Return a rich table: best values bold, controls below a line, or behind it where metrics stand in rows."""
+    from rich.table import Table as Drawn
 
-    drawn = Table(title=table.heading, title_justify="left")
-    drawn.add_column("method", style="cyan", overflow="fold")
-    for column in table.columns:
-        drawn.add_column(f"{column.label} {column.arrow}", justify="right", overflow="fold")
-    drawn.add_column("s/image", justify="right", overflow="fold")
-    for group in (table.methods, table.controls):
-        for row in group:
-            texts = [f"{c.text} ± {c.half_width}" if table.models and c.half_width else c.text for c in row.cells]
-            cells = [f"[bold green]{text}[/]" if c.best else text for c, text in zip(row.cells, texts, strict=True)]
-            drawn.add_row(row.label, *cells, row.seconds)
-        drawn.add_section()
+    drawn = Drawn(title=table.heading, title_justify="left")
+    rows = [*table.methods, *table.controls]
+    texts = [[written(cell, table) for cell in row.cells] + [row.seconds] for row in rows]
+    titles = [*(column.title for column in table.columns), "s/image"]
+    first, across = ("metric", [row.label for row in rows]) if table.wide else ("method", titles)
+    drawn.add_column(first, style="cyan", overflow="fold")
+    for title in across:
+        drawn.add_column(title, justify="right", overflow="fold")
+    if table.wide:
+        for title, numbers in zip(titles, zip(*texts, strict=True), strict=True):
+            drawn.add_row(title, *numbers)
+        return drawn
+    for index, (row, cells) in enumerate(zip(rows, texts, strict=True), 1):
+        drawn.add_row(row.label, *cells, end_section=index == len(table.methods))
     return drawn
+
+
+def written(cell: "Cell", table: "Table") -> str:
+    """Return a number as the terminal shows it."""
+    text = f"{cell.text} ± {cell.half_width}" if table.models and cell.half_width else cell.text
+    return f"[bold green]{text}[/]" if cell.best else text

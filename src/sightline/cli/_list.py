@@ -4,13 +4,15 @@ from collections.abc import Sequence
 
 import click
 
-KINDS = ("methods", "combinators", "metrics", "models", "datasets")
+KINDS = ("methods", "combinators", "metrics", "protocols", "models", "datasets")
+
+BETTER = {True: "higher", False: "lower", None: ""}
 
 
-@click.command("list", short_help="Show methods, combinators, metrics, models and data sets.")
+@click.command("list", short_help="Show methods, metrics, models, data sets and more.")
 @click.argument("kind", type=click.Choice(KINDS), required=False)
 def command(kind: str | None) -> None:
-    """Show every method, combinator of methods, metric, model and data set, or one KIND of them."""
+    """Show every method, combinator of methods, metric, protocol, model and data set, or one KIND of them."""
     from rich.console import Console
 
     console = Console()
@@ -54,10 +56,19 @@ def metrics() -> tuple[list[str], list[list[str]]]:
     """Return the table of metrics."""
     from sightline.metrics import METRICS
 
-    rows = [
-        [name, e.summary, e.paper, "higher" if e.higher_is_better else "lower", e.unit] for name, e in METRICS.items()
-    ]
+    rows = [[name, e.summary, e.paper, BETTER[e.higher_is_better], e.unit] for name, e in METRICS.items()]
     return ["name", "what it measures", "paper", "better", "unit"], rows
+
+
+def protocols() -> tuple[list[str], list[list[str]]]:
+    """Return the table of protocols."""
+    from sightline.protocols import PROTOCOLS
+
+    rows = [
+        [name, e.summary, e.paper, ", ".join(f"{one}=" for one in e.needs), ", ".join(e.parts)]
+        for name, e in PROTOCOLS.items()
+    ]
+    return ["name", "what it measures", "paper", "needs", "numbers"], rows
 
 
 def models() -> tuple[list[str], list[list[str]]]:
@@ -75,4 +86,11 @@ def datasets() -> tuple[list[str], list[list[str]]]:
     return ["name", "what it holds", "licence", "needs"], rows
 
 
-TABLES = {"methods": methods, "combinators": combinators, "metrics": metrics, "models": models, "datasets": datasets}
+TABLES = {
+    "methods": methods,
+    "combinators": combinators,
+    "metrics": metrics,
+    "protocols": protocols,
+    "models": models,
+    "datasets": datasets,
+}

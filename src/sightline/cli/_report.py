@@ -22,5 +22,8 @@ def command(runs: tuple[Path, ...], out: Path, title: str | None) -> None:
 
 
 def files_of(folder: Path) -> list[Path]:
-    """Return the runs of a folder, and those of its models where `sightline evaluate` had several."""
-    return sorted([*folder.glob("*.json"), *folder.glob("model-*/*.json")])
+    """Return the runs of a folder, and those below it that `sightline evaluate` wrote: of data sets and of models."""
+    deeper = (
+        ("model-*/*.json", "*/*.json", "*/model-*/*.json") if (folder / "table.md").exists() else ("model-*/*.json",)
+    )
+    return sorted({*folder.glob("*.json"), *(file for pattern in deeper for file in folder.glob(pattern))})

@@ -61,6 +61,7 @@ MODELS: Mapping[str, Entry] = MappingProxyType(
         "mini_vit": Entry(
             "sightline.models._mini_vit:mini_vit", "six transformer blocks, 2.7 M parameters, random weights"
         ),
+        "none": Entry("sightline.models:none", "no network: maps from files, judged by annotations alone"),
     }
 )
 """Name -> classifier."""
@@ -163,6 +164,17 @@ def creatures(*, layer: str | None = None) -> "Classifier":
             "sightline train classifier --data creatures --model mini_resnet"
         )
     return _from_file(EMBEDDED, layer=layer)
+
+
+def none(*, size: int | list[int] = 224, classes: int = 1000) -> "Classifier":
+    """Return a stand-in without a network, for metrics that look at maps and annotations alone.
+
+    `size` is the images' side, or height and width; `classes` how many classes the labels may have.
+    """
+    from sightline.classifier import Absent, Classifier
+
+    h, w = (size, size) if isinstance(size, int) else size
+    return Classifier(Absent(classes), "none", size=(h, w))
 
 
 def save(
