@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sightline.classifier import Classifier, probability
 from sightline.erase import Eraser, resolve
-from sightline.metrics._measure import Case, Measure, Scored, check_scored
+from sightline.metrics._measure import Case, Measure, Scored, check_scored, itself
 from sightline.types import Images, Labels, Saliency, Score
 
 Ties: TypeAlias = Literal["row_major", "random"]
@@ -70,9 +70,12 @@ def game(
         substrate = resolve(erase, case.classifier.mean)(case.x, case.saliency)
         start, end = (substrate, case.x) if into else (case.x, substrate)
         places = rank(case.saliency, ties, seed)
-        return revealed(case.classifier, start, end, case.y, places, steps=steps, score=score, chunk=chunk)
+        only = range(steps) if into else range(1, steps + 1)
+        rest = revealed(case.classifier, start, end, case.y, places, steps=steps, score=score, chunk=chunk, only=only)
+        image = score(case.logits.double(), case.y)[:, None]
+        return torch.cat([rest, image] if into else [image, rest], 1)
 
-    return Measure(curve, into, scored, width=steps + 1, finish=area)
+    return Measure(curve, into, scored, width=steps + 1, finish=area, curve=itself)
 
 
 def rank(saliency: Saliency, ties: Ties = "row_major", seed: int = 0) -> Int[Tensor, "b n"]:
@@ -103,17 +106,23 @@ def revealed(
     steps: int,
     score: Score = probability,
     chunk: int = 64,
+    only: range | None = None,
 ) -> Float[Tensor, "b _steps"]:
-    """Return the score while `end` replaces `start`, pixel by pixel in the order of `places`; step 0 is `start`."""
+    """Return the score while `end` replaces `start`, pixel by pixel in the order of `places`; step 0 is `start`.
+
+    Of the steps 0 .. `steps`, `only` these are scored; all by default.
+    """
     count, height, width = places.shape[1], start.shape[2], start.shape[3]
-    pairs = torch.arange(len(start) * (steps + 1), device=start.device)
-    found = []
-    for first in range(0, len(pairs), chunk):
-        image, step = pairs[first : first + chunk] // (steps + 1), pairs[first : first + chunk] % (steps + 1)
+    wanted = torch.tensor(only or range(steps + 1), device=start.device)
+    pairs = torch.arange(len(start) * len(wanted), device=start.device)
+
+    def seen(some: Tensor) -> Tensor:
+        image, step = some // len(wanted), wanted[some % len(wanted)]
         shown = places[image] < (step * count // steps)[:, None]
         seen = torch.where(shown.view(-1, 1, height, width), end[image], start[image])
-        found.append(score(classifier(seen).double(), y[image]))
-    return torch.cat(found).view(len(start), steps + 1)
+        return score(classifier(seen).double(), y[image])
+
+    return torch.cat([seen(some) for some in torch.split(pairs, chunk)]).view(len(start), len(wanted))
 
 
 def area(curve: Float[Tensor, "*b n"]) -> Float[Tensor, "*b"]:

@@ -37,7 +37,8 @@ def mass(*, on: Target = "object", radius: float = 15 / 224) -> Measure:
 
     def score(case: Case) -> Tensor:
         size = (case.x.shape[2], case.x.shape[3])
-        S = unit(resize(case.raw, size).clamp(min=0).double())[:, 0].nan_to_num()
+        varies = (case.raw.flatten(1).amin(1) < case.raw.flatten(1).amax(1))[:, None, None]
+        S = torch.where(varies, unit(resize(case.raw, size).clamp(min=0).double())[:, 0], 0)
         found = [REGIONS[on](sample, radius) for sample in case.batch.samples]
         inside, counted = (torch.stack(masks).to(S.device) for masks in zip(*found, strict=True))
         whole = (S * counted).sum((1, 2))
@@ -52,9 +53,10 @@ Region: TypeAlias = tuple[Bool[Tensor, "h w"], Bool[Tensor, "h w"]]
 
 def object_of(sample: Sample, radius: float) -> Region:
     """Return the pixels of the label's object, and all that are not ignored."""
-    if sample.mask is None or sample.label is None:
+    region = None if sample.label is None else sample.region_of(sample.label)
+    if region is None:
         raise ValueError(f"mass(on='object') needs a mask and a label, and {sample.id!r} lacks one of them")
-    return sample.mask == sample.label + 1, sample.mask != 255
+    return region
 
 
 def cue_of(sample: Sample, radius: float) -> Region:

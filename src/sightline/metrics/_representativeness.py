@@ -7,7 +7,7 @@ from torch import Tensor
 from sightline.classifier import probability
 from sightline.erase import Eraser, filler, mix
 from sightline.maps import blur, scale, unit
-from sightline.metrics._measure import Case, Measure, Scored, check_scored
+from sightline.metrics._measure import Case, Measure, Scored, check_scored, itself
 from sightline.metrics._minimality import ends, normalized
 from sightline.types import Score
 
@@ -43,7 +43,7 @@ def representativeness(
         left = deletion_curve(case, steps=steps, smooth=smooth, erase=erase, score=score, chunk=chunk)
         return left.clamp(0, 1)
 
-    return Measure(curve, False, scored, width=steps, finish=mean)
+    return Measure(curve, False, scored, width=steps, finish=mean, curve=itself)
 
 
 def deletion_curve(

@@ -1,0 +1,447 @@
+"""Segmentation: every pixel counted by hand, one threshold after the other."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sightline.data import Sample
+from sightline.evaluation import Maps
+from sightline.methods._cam import cam
+from sightline.methods._grad_cam import grad_cam
+from sightline.metrics._segmentation import (
+    REGIONS,
+    by_maximum,
+    confusion,
+    fg_precision,
+    four_regions,
+    mean_iou,
+    recall_on,
+    regions,
+    share,
+)
+from sightline.protocols._segmentation import THRESHOLDS, segmentation
+
+H, W, K = 24, 32, 5
+PERCENT = ("miou", *(f"{name}{end}" for name in ("fg_precision", "dr_recall", "ndr_recall") for end in ("", "_micro")))
+
+
+def noise(*shape, seed=0):
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def painted(seed=0, classes=(0, 2, 4), border=True):
+    """A mask of rectangles of the classes, with a border that is ignored."""
+    mask = torch.zeros(H, W, dtype=torch.long)
+    for n, label in enumerate(classes):
+        top, left = 3 + 6 * n + seed % 3, 2 + 7 * n
+        mask[top : top + 7, left : left + 9] = label + 1
+    if border:
+        mask[:1], mask[:, -2:] = 255, 255
+    return mask
+
+
+def sample(n, mask, **fields):
+    return Sample(f"s{n}", noise(3, H, W, seed=100 + n), mask=mask, **fields)
+
+
+def given_maps(table):
+    """A method that finds the map of an image and class in a table, by the image's first pixel."""
+
+    def method(classifier, x, y=None):
+        return torch.stack([table[float(image[0, 0, 0]), label] for image, label in zip(x, y.tolist(), strict=True)])
+
+    return method
+
+
+def table_of(samples, make):
+    return {(float(one.image[0, 0, 0]), label): make(n, label) for n, one in enumerate(samples) for label in range(K)}
+
+
+def classes_of(one):
+    there = {int(v) - 1 for v in one.mask.flatten().tolist() if v not in (0, 255)}
+    if one.labels is not None:
+        return there, {k for k, v in enumerate(one.labels.tolist()) if v > 0}
+    return there, there if one.label is None else {one.label}
+
+
+def normalized(raw):
+    up = torch.nn.functional.interpolate(raw[None].double(), (H, W), mode="bilinear", align_corners=False)[0, 0]
+    top = max(v for row in up.tolist() for v in row)
+    return [[v / top if top > 0 else 0.0 for v in row] for row in up.tolist()]
+
+
+def by_hand(samples, maps, cams, threshold, tau_cam=0.25, tau_sm=0.15):
+    """All numbers at one threshold, pixel by pixel."""
+    matrix = [[0] * (K + 1) for _ in range(K + 1)]
+    hits, sizes = {}, {}
+    four = dict.fromkeys(REGIONS, 0)
+    for one in samples:
+        key = float(one.image[0, 0, 0])
+        there, competing = classes_of(one)
+        S = {k: normalized(maps[key, k]) for k in there | competing}
+        C = {k: normalized(cams[key, k]) for k in there | competing}
+        for r in range(H):
+            for c in range(W):
+                true = int(one.mask[r, c])
+                if true == 255:
+                    continue
+                said, height = 0, threshold
+                for k in sorted(competing):
+                    if S[k][r][c] > height:
+                        said, height = k + 1, S[k][r][c]
+                matrix[true][said] += 1
+                if true > 0:
+                    found = "dr" if C[true - 1][r][c] >= tau_cam else "ndr"
+                    high = "hsr" if S[true - 1][r][c] >= tau_sm else "lsr"
+                    four[f"{high}_{found}"] += 1
+                    sizes[found, true] = sizes.get((found, true), 0) + 1
+                    hits[found, true] = hits.get((found, true), 0) + (said == true)
+    ious = []
+    for k in range(K + 1):
+        union = sum(matrix[k]) + sum(row[k] for row in matrix) - matrix[k][k]
+        ious += [100 * matrix[k][k] / union] if union else []
+    predicted = {k: sum(row[k] for row in matrix) for k in range(1, K + 1)}
+    right = {k: matrix[k][k] for k in range(1, K + 1)}
+    precisions = [100 * right[k] / predicted[k] for k in predicted if predicted[k]]
+    numbers = {"miou": mean(ious), "fg_precision": mean(precisions)}
+    numbers["fg_precision_micro"] = ratio(sum(right.values()), sum(predicted.values()))
+    for region in ("dr", "ndr"):
+        keys = [key for key in sizes if key[0] == region]
+        numbers[f"{region}_recall"] = mean([100 * hits[key] / sizes[key] for key in keys])
+        numbers[f"{region}_recall_micro"] = ratio(sum(hits[k] for k in keys), sum(sizes[k] for k in keys))
+    numbers |= {name: ratio(count, sum(four.values())) for name, count in four.items()}
+    return numbers
+
+
+def mean(values):
+    return sum(values) / len(values) if values else math.nan
+
+
+def ratio(part, whole):
+    return 100 * part / whole if whole else math.nan
+
+
+def same(found, expected, **tolerance):
+    tolerance = tolerance or {"rtol": 0, "atol": 1e-9}
+    a, b = (torch.tensor(v, dtype=torch.float64) for v in (found, expected))
+    torch.testing.assert_close(a, b, equal_nan=True, **tolerance)
+
+
+@pytest.fixture
+def scenes():
+    """One image of three classes, one with labels that leave out and add a class, one of a single class."""
+    several = torch.tensor([1, 0, 1, 0, 1])
+    other = torch.tensor([1, 1, 0, 0, 0])
+    return [
+        sample(0, painted(0), labels=several),
+        sample(1, painted(1, (0, 3)), labels=other),
+        sample(2, painted(2, (4,), border=False), label=4),
+    ]
+
+
+@pytest.fixture
+def tables(scenes):
+    return tuple(
+        table_of(scenes, lambda n, k, s=s: noise(1, 6, 8, seed=s + 10 * n + k) - 0.15 - 2 * (k == 3 and n == 1))
+        for s in (1000, 2000)
+    )
+
+
+def test_the_sweep_is_the_slow_loop_over_thresholds(curved, scenes, tables):
+    thresholds = (0.01, 0.1, 0.3, 0.5, 0.77)
+    maps, cams = (given_maps(table) for table in tables)
+    found = segmentation(maps, curved, scenes, by=cams, thresholds=thresholds)
+    expected = [by_hand(scenes, *tables, t) for t in thresholds]
+    for name in PERCENT:
+        same(found[name].curve, [one[name] for one in expected])
+        assert found[name].axis == thresholds
+        assert found[name].higher_is_better is True
+    best = max(range(5), key=lambda i: expected[i]["miou"])
+    same([found[name].value for name in PERCENT], [expected[best][name] for name in PERCENT])
+    same([found[name].value for name in REGIONS], [expected[0][name] for name in REGIONS])
+    assert found["threshold"].value == thresholds[best]
+    assert {found[name].higher_is_better for name in (*REGIONS, "threshold")} == {None}
+    assert {one.count for one in found.values()} == {3}
+
+
+def test_other_levels_of_the_regions_count(curved, scenes, tables):
+    maps, cams = (given_maps(table) for table in tables)
+    found = segmentation(maps, curved, scenes, by=cams, thresholds=(0.2,), tau_cam=0.6, tau_sm=0.4)
+    expected = by_hand(scenes, *tables, 0.2, 0.6, 0.4)
+    same([found[name].value for name in (*PERCENT, *REGIONS)], [expected[name] for name in (*PERCENT, *REGIONS)])
+    assert all(one.curve == one.axis == () for one in found.values())
+
+
+def test_a_given_threshold_is_the_one_that_counts(curved, scenes, tables):
+    maps, cams = (given_maps(table) for table in tables)
+    swept = segmentation(maps, curved, scenes, by=cams)
+    for i, threshold in ((4, 0.05), (39, 0.4)):
+        fixed = segmentation(maps, curved, scenes, by=cams, threshold=threshold)
+        assert fixed["threshold"].value == threshold == swept["miou"].axis[i]
+        same([fixed[name].value for name in PERCENT], [swept[name].curve[i] for name in PERCENT])
+
+
+def test_thresholds_run_from_one_to_fifty_hundredths():
+    assert list(THRESHOLDS) == [round(0.01 * n, 2) for n in range(1, 51)]
+
+
+@settings(max_examples=5, deadline=None)
+@given(batch=st.integers(1, 5), order=st.permutations(range(3)))
+def test_neither_batch_nor_order_matter(classifiers, batch, order):
+    samples = [sample(0, painted(0)), sample(1, painted(1, (0, 3)), label=0), sample(2, painted(2, (4,)))]
+    whole = segmentation(grad_cam, classifiers["curved"], samples, batch=3)
+    parts = segmentation(Maps(grad_cam), classifiers["curved"], [samples[i] for i in order], batch=batch)
+    for name, one in whole.items():
+        same((one.value, *one.curve), (parts[name].value, *parts[name].curve))
+
+
+def perfect(samples):
+    return given_maps(table_of(samples, lambda n, k: (samples[n].mask == k + 1)[None].double()))
+
+
+def test_the_truth_as_prediction_has_all_recalls_and_precision(curved, scenes):
+    samples = [replace(one, labels=None, label=None) for one in scenes]
+    found = segmentation(perfect(samples), curved, samples)
+    for name in PERCENT:
+        assert found[name].value == 100, name
+        assert set(found[name].curve) == {100}, name
+    assert found["threshold"].value == 0.01
+
+
+def test_the_scale_of_the_head_leaves_the_cam_as_it_is(pooled, scenes):
+    samples = [replace(one, labels=None) for one in scenes[:2]]
+    before = segmentation(cam, pooled, samples)
+    with torch.no_grad():
+        pooled.model.head.weight *= torch.tensor([3.0, 0.2, 7.0, 1.5, 0.6])[:, None]
+    after = segmentation(cam, pooled, samples)
+    for name in (*PERCENT, *REGIONS):
+        same(after[name].value, before[name].value)
+
+
+def test_a_cam_recalls_what_it_defines(pooled):
+    samples = [sample(n, painted(n, (k,))) for n, k in enumerate((0, 2, 3))]
+    found = segmentation(cam, pooled, samples, thresholds=(0.05, 0.2, 0.2499, 0.26, 0.4))
+    assert found["dr_recall"].curve[:3] == (100, 100, 100)
+    assert found["dr_recall"].curve[3] <= 100
+    assert found["ndr_recall"].curve[3:] == (0, 0)
+    assert found["ndr_recall"].curve[0] > 0
+
+
+def test_the_cam_defines_what_is_found_and_grad_cam_where_there_is_none(curved, pooled, scenes):
+    maps = given_maps(table_of(scenes, lambda n, k: noise(1, 6, 8, seed=k)))
+    for classifier, definition, other in ((pooled, cam, grad_cam), (curved, grad_cam, maps)):
+        chosen, named, wrong = (segmentation(maps, classifier, scenes, by=by) for by in (None, definition, other))
+        names = (*PERCENT, *REGIONS)
+        same([chosen[name].value for name in names], [named[name].value for name in names])
+        assert chosen["ndr_recall"].value != wrong["ndr_recall"].value
+
+
+def test_equal_maps_give_the_pixel_to_the_first_class_and_a_map_at_the_threshold_to_the_background(curved):
+    samples = [sample(0, painted(0, (1, 3), border=False))]
+    maps = given_maps(table_of(samples, lambda n, k: torch.ones(1, H, W, dtype=torch.float64)))
+    found = segmentation(maps, curved, samples, by=maps, thresholds=(0.5, 1.0))
+    one, two = (int((samples[0].mask == k).sum()) for k in (2, 4))
+    assert found["dr_recall"].curve == (50.0, 0.0)
+    same(found["fg_precision_micro"].curve, (100 * one / (H * W), math.nan))
+    same(found["miou"].curve[0], (100 * one / (H * W)) / 3)
+    same(found["miou"].curve[1], 100 * (H * W - one - two) / (H * W) / 3)
+
+
+@pytest.mark.parametrize("level", [0.01, 0.1, 0.7])
+def test_thresholds_are_read_in_double_precision(curved, level):
+    samples = [sample(0, painted(0, (1,), border=False))]
+    maps = given_maps(table_of(samples, lambda n, k: torch.full((1, H, W), level, dtype=torch.float64)))
+    found = segmentation(maps, curved, samples, normalize="none", threshold=level)
+    assert math.isnan(found["fg_precision"].value)
+    below = segmentation(maps, curved, samples, normalize="none", threshold=level * (1 - 1e-12))
+    assert below["dr_recall"].value == 100
+
+
+def test_what_compete_are_labels_else_the_label_else_the_mask(curved):
+    mask = painted(0, (1, 3), border=False)
+    seen = []
+
+    def method(classifier, x, y=None):
+        seen.extend(y.tolist())
+        return torch.stack([(mask == k + 1)[None].double() for k in y.tolist()])
+
+    for fields, competing in (
+        ({}, {1, 3}),
+        ({"label": 3}, {3}),
+        ({"label": 3, "labels": torch.tensor([0, 1, 0, 1, 0])}, {1, 3}),
+        ({"labels": torch.zeros(K, dtype=torch.long)}, set()),
+    ):
+        found = segmentation(method, curved, [sample(0, mask, **fields)], by=method, threshold=0.3)
+        assert found["dr_recall"].value == 50 * len(competing)
+        assert math.isnan(found["fg_precision"].value) == (not competing)
+        assert found["hsr_dr"].value == 100
+    assert set(seen) == {1, 3}
+
+
+def test_normalizations(curved):
+    samples = [sample(0, painted(0, (1,), border=False))]
+    raw = noise(1, H, W, seed=5) * 3 + 1
+    maps = given_maps(table_of(samples, lambda n, k: raw))
+    for normalize, expected in (
+        ("max", raw / raw.max()),
+        ("unit", (raw - raw.min()) / (raw.max() - raw.min())),
+        ("none", raw),
+    ):
+        found = segmentation(maps, curved, samples, normalize=normalize, thresholds=(0.3, 0.45, 0.9, 2.0))
+        inside = samples[0].mask == 2
+        for i, threshold in enumerate((0.3, 0.45, 0.9, 2.0)):
+            predicted = expected[0] > threshold
+            share_right = ratio(int((predicted & inside).sum()), int(predicted.sum()))
+            same(found["fg_precision_micro"].curve[i], share_right)
+
+
+def test_what_the_cam_finds_is_defined_by_its_maximum_whatever_the_method_s_normalization(curved, scenes, tables):
+    maps, cams = (given_maps(table) for table in tables)
+    larger = given_maps({key: 10 * value for key, value in tables[1].items()})
+    for normalize in ("unit", "none"):
+        one, two = (segmentation(maps, curved, scenes, by=by, normalize=normalize) for by in (cams, larger))
+        names = (*PERCENT, *REGIONS)
+        same([one[name].value for name in names], [two[name].value for name in names])
+    by_maximum = segmentation(maps, curved, scenes, by=cams)
+    assert one["hsr_dr"].value + one["lsr_dr"].value == pytest.approx(
+        by_maximum["hsr_dr"].value + by_maximum["lsr_dr"].value
+    )
+
+
+def test_a_constant_map_has_no_range(curved):
+    samples = [sample(0, painted(0, (1,), border=False))]
+    maps = given_maps(table_of(samples, lambda n, k: torch.full((1, 5, 3), 0.7, dtype=torch.float64)))
+    found = segmentation(maps, curved, samples, normalize="unit")
+    assert set(found["ndr_recall"].curve) == {0.0}
+    assert math.isnan(found["fg_precision"].value)
+
+
+@pytest.mark.parametrize("value", [0.0, -2.0, math.nan, math.inf])
+def test_a_map_that_says_nothing_finds_nothing(curved, value):
+    samples = [sample(0, painted(0, (1,), border=False))]
+    flat = given_maps(table_of(samples, lambda n, k: torch.full((1, 3, 4), value, dtype=torch.float64)))
+    found = segmentation(flat, curved, samples, by=flat)
+    covered = int((samples[0].mask == 2).sum())
+    assert math.isnan(found["fg_precision"].value)
+    assert math.isnan(found["dr_recall"].value)
+    assert found["ndr_recall"].value == 0
+    assert found["lsr_ndr"].value == 100
+    same(found["miou"].value, 100 * (H * W - covered) / (H * W) / 2)
+
+
+def test_what_is_ignored_counts_nowhere(curved, scenes, tables):
+    maps = given_maps({**tables[0], **table_of([sample(9, painted())], lambda n, k: noise(1, 6, 8))})
+    blank = sample(9, torch.full((H, W), 255, dtype=torch.long), label=1)
+    plain = segmentation(maps, curved, scenes, by=maps)
+    more = segmentation(maps, curved, [*scenes, blank], by=maps)
+    assert {name: one.value for name, one in more.items()} == {name: one.value for name, one in plain.items()}
+    assert more["miou"].count == 3
+    alone = segmentation(maps, curved, [blank], by=maps)
+    assert all(math.isnan(one.value) for one in alone.values())
+    assert alone["miou"].count == 0
+
+
+def test_background_alone_is_background(curved):
+    maps = given_maps({})
+    found = segmentation(maps, curved, [sample(0, torch.zeros(H, W, dtype=torch.long))], by=maps)
+    assert found["miou"].value == 100
+    assert math.isnan(found["dr_recall"].value)
+
+
+def test_what_is_wrong_is_said(curved, scenes, tables, plain):
+    maps = given_maps(tables[0])
+    bare = replace(scenes[1], mask=None)
+    with pytest.raises(ValueError, match="segmentation needs a mask, and 's1' has none"):
+        segmentation(maps, curved, [scenes[0], bare], by=maps)
+    with pytest.raises(ValueError, match=r"the mask of 's1' is \(12, 32\) pixels, its image \(24, 32\)"):
+        segmentation(maps, curved, [replace(bare, mask=painted()[:12])], by=maps)
+    with pytest.raises(ValueError, match=r"'s1' shows class 5, and the network has classes 0\.\.4"):
+        segmentation(maps, curved, [replace(bare, mask=torch.full((H, W), 6))], by=maps)
+    with pytest.raises(ValueError, match=r"'s1' shows class 7, and"):
+        segmentation(
+            maps, curved, [replace(bare, mask=painted(), labels=torch.ones(8).long() * (torch.arange(8) == 7))]
+        )
+    for thresholds in ((), (0.3, 0.3), (0.3, 0.2), (0.1, math.nan)):
+        with pytest.raises(ValueError, match="expected thresholds that increase, at least one, got"):
+            segmentation(maps, curved, scenes, thresholds=thresholds)
+    with pytest.raises(LookupError, match="no normalization called 'maximum'; did you mean max"):
+        segmentation(maps, curved, scenes, normalize="maximum")
+    with pytest.raises(ValueError, match="no image was measured"):
+        segmentation(maps, curved, [])
+
+
+def test_a_confusion_matrix_by_hand():
+    truth = torch.tensor([[0, 1, 2, 255], [1, 1, 2, 0]])
+    predicted = torch.tensor([[0, 1, 1, 3], [2, 1, 2, 1]])
+    matrix = confusion(predicted, truth, 4)
+    assert matrix.tolist() == [[1, 1, 0, 0], [0, 2, 1, 0], [0, 1, 1, 0], [0, 0, 0, 0]]
+    same(mean_iou(matrix), 100 * (1 / 2 + 2 / 5 + 1 / 3) / 3)
+    same(fg_precision(matrix), 100 * (2 / 4 + 1 / 2) / 2)
+    same(fg_precision(matrix, "micro"), 100 * 3 / 6)
+    assert confusion((99 * truth).to(torch.int16), (99 * truth).to(torch.int16), 400, ignore=99 * 255)[198, 198] == 2
+
+
+def test_pixels_of_a_region_by_hand():
+    truth = torch.tensor([0, 1, 1, 1, 2, 2, 3, 255])
+    predicted = torch.tensor([1, 1, 1, 0, 2, 1, 1, 1])
+    region = torch.tensor([True, True, True, True, True, True, False, True])
+    same(recall_on(region, predicted, truth, 4), 100 * (2 / 3 + 1 / 2) / 2)
+    same(recall_on(region, predicted, truth, 4, "micro"), 100 * 3 / 5)
+    assert math.isnan(recall_on(torch.zeros(8, dtype=torch.bool), predicted, truth, 4))
+    assert recall_on(region, truth % 255, truth, 4) == 100
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 10**6), tau_cam=st.floats(-0.2, 1.2), tau_sm=st.floats(-0.2, 1.2))
+def test_the_four_regions_are_a_partition(seed, tau_cam, tau_sm):
+    C, S = noise(5, 7, seed=seed), noise(5, 7, seed=seed + 1)
+    inside = noise(5, 7, seed=seed + 2) < 0.6
+    counts = regions(C, S, inside, tau_cam, tau_sm).tolist()
+    expected = [0, 0, 0, 0]
+    for c, s, there in zip(C.flatten().tolist(), S.flatten().tolist(), inside.flatten().tolist(), strict=True):
+        if there:
+            expected[(0 if c >= tau_cam else 2) + (0 if s >= tau_sm else 1)] += 1
+    assert counts == expected
+    assert sum(counts) == int(inside.sum())
+    assert counts[0] + counts[1] == int(C[inside].ge(tau_cam).sum())
+    if sum(counts):
+        same(four_regions(C, S, inside, tau_cam, tau_sm).tolist(), [100 * n / sum(counts) for n in counts])
+        same(float(four_regions(C, S, inside, tau_cam, tau_sm).sum()), 100.0)
+
+
+def test_regions_at_their_borders_and_of_nothing():
+    edge = torch.tensor([0.25, 0.2499, 0.25, 0.0]), torch.tensor([0.15, 0.15, 0.1499, 0.0])
+    assert regions(*edge, torch.ones(4, dtype=torch.bool)).tolist() == [1, 1, 1, 1]
+    assert four_regions(*edge, torch.zeros(4, dtype=torch.bool)).isnan().all()
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 10**6), classes=st.integers(1, 6))
+def test_numbers_of_a_matrix_are_percent_and_all_of_it_on_the_diagonal_is_100(seed, classes):
+    truth = (noise(40, seed=seed) * classes).long()
+    predicted = (noise(40, seed=seed + 1) * classes).long()
+    matrix = confusion(predicted, truth, classes)
+    assert int(matrix.sum()) == 40
+    for number in (mean_iou(matrix), fg_precision(matrix), fg_precision(matrix, "micro")):
+        assert math.isnan(number) or 0 <= number <= 100
+    assert mean_iou(confusion(truth, truth, classes)) == 100
+
+
+def test_maps_are_divided_by_their_maximum():
+    maps = torch.tensor([[[1.0, -2.0], [4.0, 0.0]], [[-1.0, -2.0], [-4.0, -3.0]], [[0.0, 0.0], [0.0, 0.0]]])
+    assert by_maximum(maps).tolist() == [[[0.25, -0.5], [1.0, 0.0]], [[0, 0], [0, 0]], [[0, 0], [0, 0]]]
+
+
+def test_wrong_classes_and_averages_are_said(plain):
+    one = torch.tensor([0, 1])
+    with pytest.raises(ValueError, match=r"expected classes in 0\.\.1 in the prediction, got 0 to 2"):
+        confusion(torch.tensor([0, 2]), one, 2)
+    with pytest.raises(ValueError, match=r"expected classes in 0\.\.1 in the truth, got -1 to 0"):
+        confusion(one, torch.tensor([0, -1]), 2)
+    with pytest.raises(ValueError, match="expected average='macro' or average='micro', got 'mean'"):
+        share(one, one, "mean")
+    assert math.isnan(mean_iou(confusion(one, torch.tensor([255, 255]), 2)))
