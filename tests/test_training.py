@@ -19,6 +19,7 @@ from sightline.classifier_training import (
     AUGMENTATIONS,
     ClassifierConfig,
     ClassifierTrainer,
+    Permuted,
     accuracy,
     augmentation,
     head_name,
@@ -540,3 +541,43 @@ def test_flip_and_crop_by_hand():
         windows = ((t, s) for t in range(5) for s in range(3))
         shifts.add(next(w for w in windows if torch.equal(result, padded[:, w[0] : w[0] + 16, w[1] : w[1] + 8])))
     assert len(shifts) == 15
+
+
+def test_permuted_labels_are_those_of_other_images_for_good():
+    toy = Toy(25)
+    permuted = Permuted(toy, 3)
+    assert len(permuted) == 25
+    assert sorted(permuted.others) == list(range(25))
+    assert all(other != n for n, other in enumerate(permuted.others))
+    for n in range(25):
+        sample, own = permuted[n], toy[n]
+        assert (sample.id, sample.label) == (own.id, toy[permuted.others[n]].label)
+        assert torch.equal(sample.image, own.image)
+    assert Permuted(toy, 3).others == permuted.others != Permuted(toy, 4).others
+    multi = [Sample(f"m{n}", torch.rand(3, 8, 8), n, torch.eye(4, dtype=torch.long)[n]) for n in range(4)]
+    assert all(int(one.labels.argmax()) == one.label for one in (Permuted(multi)[n] for n in range(4)))
+    assert Permuted(Toy(1)).others == [0]
+
+
+def test_a_training_on_permuted_labels_learns_them_and_is_another_one(tmp_path):
+    config = ClassifierConfig(epochs=2, batch=8, lr=0.1, augment="none", permute=5)
+    inside, outside = small(), small()
+    train(inside, Toy(), config, out=tmp_path, accelerator="cpu")
+    train(outside, Permuted(Toy(), 5), ClassifierConfig(**{**vars(config), "permute": None}), accelerator="cpu")
+    assert_same(inside.model.state_dict(), outside.model.state_dict())
+    assert checkpoint(tmp_path)["settings"]["permute"] == 5
+    with pytest.raises(ValueError, match="permute was 5 and is None"):
+        train(small(), Toy(), ClassifierConfig(**{**vars(config), "permute": None}), out=tmp_path, accelerator="cpu")
+    plain = small()
+    train(plain, Toy(), ClassifierConfig(**{**vars(config), "permute": None}), accelerator="cpu")
+    assert not torch.equal(plain.model[6].weight, inside.model[6].weight)
+
+
+def test_permute_is_a_setting_of_the_command_line():
+    from sightline.cli._options import pairs
+    from sightline.settings import bind
+
+    assert bind(ClassifierConfig, pairs(("permute=0", "lr=0.1")))().permute == 0
+    assert bind(ClassifierConfig, pairs(("lr=0.1",)))().permute is None
+    with pytest.raises(TypeError, match="permute: expected int or None, got 'yes'"):
+        bind(ClassifierConfig, pairs(("permute=yes",)))

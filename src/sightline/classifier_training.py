@@ -9,7 +9,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,7 +35,9 @@ class ClassifierConfig:
     During the first `freeze_epochs` epochs the layers whose names begin with a name in `freeze` (by default all but
     the head) stay as they are, batch-norm statistics included; then everything learns at `lr_all` (by default `lr`),
     with a schedule of its own. `warmup` is in epochs; `step` multiplies by `decay` every `decay_every` epochs.
-    `augment` is "none" or names of `AUGMENTATIONS` joined by "+", applied in that order.
+    `augment` is "none" or names of `AUGMENTATIONS` joined by "+", applied in that order. `permute` is the seed of a
+    permutation that gives every image the label of another one, for good: nothing can be learned but the images by
+    heart (Adebayo et al., NeurIPS 2018; see `Permuted`).
 
     Raises:
         ValueError: numbers out of range, or settings of a first stage that has no epochs.
@@ -58,6 +60,7 @@ class ClassifierConfig:
     freeze_epochs: int = 0
     augment: str = "flip+crop"
     precision: str = "32-true"
+    permute: int | None = None
 
     def __post_init__(self) -> None:
         augmentation(self.augment)
@@ -94,7 +97,7 @@ def train(
     with flags_back(classifier.model):
         return fit(
             ClassifierTrainer(classifier, config),
-            dataset,
+            dataset if config.permute is None else Permuted(dataset, config.permute),
             epochs=config.epochs,
             batch=config.batch,
             seed=seed,
@@ -106,6 +109,29 @@ def train(
             precision=config.precision,
             accelerator=accelerator,
         )
+
+
+class Permuted:
+    """A data set whose images have each other's labels, by one fixed permutation.
+
+    The permutation is a single circle drawn with `seed`, so no image of two or more keeps its place (its class it may,
+    where the other one is of the same). What is counted in labels stays as it was. Every sample reads the other one
+    too: put `remember` inside.
+    """
+
+    def __init__(self, dataset: Indexed[Sample], seed: int = 0) -> None:
+        self.dataset = dataset
+        order = torch.randperm(len(dataset), generator=generator("permute", seed))
+        others = torch.empty_like(order)
+        others[order] = order.roll(1)
+        self.others: list[int] = others.tolist()
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int, /) -> Sample:
+        other = self.dataset[self.others[index]]
+        return replace(self.dataset[index], label=other.label, labels=other.labels)
 
 
 @contextmanager
