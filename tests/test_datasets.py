@@ -59,8 +59,8 @@ def test_names_are_reached_through_the_package():
     assert set(datasets.__all__) == {"DATASETS", "PARTS", "Entry", *DATASETS}
     assert set(datasets.__all__) <= set(dir(datasets))
     assert datasets.cub_crops is cub_crops
-    with pytest.raises(AttributeError, match="no attribute 'imagenet'"):
-        _ = datasets.imagenet
+    with pytest.raises(AttributeError, match="no attribute 'image_net'"):
+        _ = datasets.image_net
 
 
 def test_every_entry_says_what_it_is():

@@ -12,11 +12,22 @@ from sightline.registry import load as _load
 
 if TYPE_CHECKING:
     from sightline.data import Dataset
+    from sightline.datasets._coco import coco as coco
     from sightline.datasets._creatures import creatures as creatures
     from sightline.datasets._cub import PARTS as PARTS
     from sightline.datasets._cub import cub_crops as cub_crops
+    from sightline.datasets._cub_full import cub as cub
+    from sightline.datasets._cub_full import cub_v2 as cub_v2
     from sightline.datasets._folder import folder as folder
+    from sightline.datasets._imagenet import imagenet as imagenet
+    from sightline.datasets._imagenet import imagenet_v2 as imagenet_v2
+    from sightline.datasets._medical import chest_xray as chest_xray
+    from sightline.datasets._medical import kvasir as kvasir
     from sightline.datasets._mnist import mnist as mnist
+    from sightline.datasets._mnist_segmentation import mnist_segmentation as mnist_segmentation
+    from sightline.datasets._openimages import openimages30k as openimages30k
+    from sightline.datasets._pets import pets as pets
+    from sightline.datasets._voc import voc as voc
 
 
 @dataclass(frozen=True)
@@ -63,13 +74,79 @@ DATASETS: Mapping[str, Entry] = MappingProxyType(
             "non-commercial research and education only",
             needs_root=True,
         ),
+        "mnist_segmentation": Entry(
+            "sightline.datasets._mnist_segmentation:mnist_segmentation",
+            "handwritten digits of 128 x 128 pixels, nearest, the ink as mask",
+            "CC BY-SA 3.0",
+            needs_root=True,
+        ),
+        "imagenet": Entry(
+            "sightline.datasets._imagenet:imagenet",
+            "ImageNet (ILSVRC 2012): folders by wnid, boxes from XML or WSOL metadata",
+            "ImageNet terms: non-commercial research and education",
+            needs_root=True,
+        ),
+        "imagenet_v2": Entry(
+            "sightline.datasets._imagenet:imagenet_v2",
+            "ImageNetV2 with the boxes of the WSOL benchmark",
+            "MIT; images under their Flickr licences",
+            needs_root=True,
+        ),
+        "cub": Entry(
+            "sightline.datasets._cub_full:cub",
+            "CUB-200-2011 birds in full frames: boxes, parts, attributes, segmentations",
+            "non-commercial research and education only",
+            needs_root=True,
+        ),
+        "cub_v2": Entry(
+            "sightline.datasets._cub_full:cub_v2",
+            "CUBV2: five or so birds a class, the validation boxes of the WSOL benchmark",
+            "images under their Flickr licences",
+            needs_root=True,
+        ),
+        "openimages30k": Entry(
+            "sightline.datasets._openimages:openimages30k",
+            "OpenImages30k, masks of 100 classes of the WSOL benchmark",
+            "annotations CC BY 4.0; images CC BY 2.0",
+            needs_root=True,
+        ),
+        "voc": Entry(
+            "sightline.datasets._voc:voc",
+            "Pascal VOC 2007 and 2012: boxes or segmentations of 20 classes",
+            "Flickr terms",
+            needs_root=True,
+        ),
+        "coco": Entry(
+            "sightline.datasets._coco:coco",
+            "COCO 2014 and 2017: boxes and masks of 80 classes",
+            "annotations CC BY 4.0; images under their Flickr licences",
+            needs_root=True,
+        ),
+        "pets": Entry(
+            "sightline.datasets._pets:pets",
+            "Oxford-IIIT Pets: 37 breeds, trimaps and head boxes",
+            "CC BY-SA 4.0",
+            needs_root=True,
+        ),
+        "kvasir": Entry(
+            "sightline.datasets._medical:kvasir",
+            "Kvasir: endoscopy of the gastrointestinal tract, 8 classes",
+            "research and education only",
+            needs_root=True,
+        ),
+        "chest_xray": Entry(
+            "sightline.datasets._medical:chest_xray",
+            "chest X-rays of children, normal or pneumonia",
+            "CC BY 4.0",
+            needs_root=True,
+        ),
     }
 )
 """Name -> data set."""
 
 _HOMES = {name: entry.load for name, entry in DATASETS.items()} | {"PARTS": "sightline.datasets._cub:PARTS"}
 
-__all__ = ["DATASETS", "PARTS", "Entry", "creatures", "cub_crops", "folder", "mnist"]
+__all__ = ["DATASETS", "PARTS", "Entry", *DATASETS]
 
 
 def __getattr__(name: str) -> Any:

@@ -123,11 +123,11 @@ class Stage:
 class Creatures:
     """Drawn creatures, deterministic per (seed, split, index); make one with `creatures`.
 
-    A sample carries: `label`, and `labels` multi-hot; `boxes`, tight and in the order of the instances; `mask`, 0 for
-    background and class index + 1 on a creature; `instances`, 1 for the rearmost; `parts`, the visible pixels by name
-    (disjoint and together the object; "mark" lies within "head"); `cue`, the visible `cues` of the label; `keypoints`,
-    a block of `keypoint_names` rows an instance, visible where its part is in front; `attributes`, a one-hot color (6)
-    and pattern (3) for each part.
+    A sample carries: `label`, and `labels` multi-hot; `boxes`, tight and in the order of the instances, and their
+    `box_labels`; `mask`, 0 for background and class index + 1 on a creature; `instances`, 1 for the rearmost; `parts`,
+    the visible pixels by name (disjoint and together the object; "mark" lies within "head"); `cue`, the visible `cues`
+    of the label; `keypoints`, a block of `keypoint_names` rows an instance, visible where its part is in front;
+    `attributes`, a one-hot color (6) and pattern (3) for each part.
     """
 
     split: str = "test"
@@ -398,6 +398,7 @@ def _sample(dataset: Creatures, index: int, stage: Stage) -> Sample:
         label=label,
         labels=torch.zeros(len(_KINDS), dtype=torch.long).index_fill(0, torch.tensor(labels), 1),
         boxes=_boxes(instances, len(labels)),
+        box_labels=torch.tensor(labels),
         mask=mask,
         instances=instances,
         parts=parts,

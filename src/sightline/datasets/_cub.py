@@ -49,6 +49,11 @@ class Birds:
     size: Size
     resize: str
 
+    @property
+    def keypoint_names(self) -> tuple[str, ...]:
+        """Rows of the keypoints."""
+        return PARTS
+
     def __len__(self) -> int:
         return len(self.files)
 
@@ -98,8 +103,8 @@ def cub_crops(
     """
     if split not in SPLITS:
         raise LookupError(unknown(split, SPLITS, "split of CUB"))
-    home, target = _home(known_folder(root, LAYOUT)), known_size(size, resize)
-    pictures = _pictures(home)
+    home, target = inner_home(known_folder(root, LAYOUT)), known_size(size, resize)
+    pictures = listed_pictures(home)
     present = sorted({p.number for p in pictures})
     kept = present[: known_count(len(present), classes, "classes")]
     of_split = [p for p in pictures if p.train == SPLITS[split] and p.number in kept]
@@ -109,16 +114,16 @@ def cub_crops(
         home,
         files,
         tuple(kept.index(chosen[file].number) for file in files),
-        _keypoints(home, [chosen[file].id for file in files]),
-        _attributes(home, kept),
-        _names(home, kept),
+        part_points(home, [chosen[file].id for file in files]),
+        class_attributes(home, kept),
+        class_names(home, kept),
         skipped,
         target,
         resize,
     )
 
 
-class _Picture(NamedTuple):
+class Picture(NamedTuple):
     """A row of the lists; `number` is the official class, from 1."""
 
     id: int
@@ -127,19 +132,19 @@ class _Picture(NamedTuple):
     train: int
 
 
-def _home(root: Path) -> Path:
+def inner_home(root: Path) -> Path:
     """Take the folder itself or the one around it."""
     inner = root / "CUB_200_2011"
     return inner if inner.is_dir() else root
 
 
-def _pictures(home: Path) -> list[_Picture]:
+def listed_pictures(home: Path) -> list[Picture]:
     """Join the three lists of images."""
     files, numbers = _pairs(home, "images.txt", str), _pairs(home, "image_class_labels.txt", int)
     train = _pairs(home, "train_test_split.txt", int)
     if not files.keys() <= numbers.keys() & train.keys():
         raise ValueError(f"images of {home / 'images.txt'} are missing in its other lists; fetch them again")
-    return [_Picture(i, file, numbers[i], train[i]) for i, file in files.items()]
+    return [Picture(i, file, numbers[i], train[i]) for i, file in files.items()]
 
 
 def _pairs(home: Path, name: str, kind: Callable[[str], T]) -> dict[int, T]:
@@ -153,7 +158,7 @@ def _pairs(home: Path, name: str, kind: Callable[[str], T]) -> dict[int, T]:
         ) from error
 
 
-def _numbers(home: Path, name: str) -> NDArray[np.float64]:
+def number_table(home: Path, name: str) -> NDArray[np.float64]:
     """Read a table of numbers."""
     try:
         return np.loadtxt(_listed(home, name), ndmin=2)
@@ -169,7 +174,7 @@ def _listed(home: Path, name: str) -> Path:
     return path
 
 
-def _names(home: Path, numbers: list[int]) -> tuple[str, ...]:
+def class_names(home: Path, numbers: list[int]) -> tuple[str, ...]:
     """Look up the names of the classes."""
     names = _pairs(home, "classes.txt", str)
     if missing := [number for number in numbers if number not in names]:
@@ -177,9 +182,9 @@ def _names(home: Path, numbers: list[int]) -> tuple[str, ...]:
     return tuple(names[number] for number in numbers)
 
 
-def _keypoints(home: Path, ids: list[int]) -> Float[Tensor, "n 15 3"]:
+def part_points(home: Path, ids: list[int]) -> Float[Tensor, "n 15 3"]:
     """Look up `x y visible` of every part; a part that is not listed is invisible."""
-    rows = _numbers(home, "parts/part_locs.txt")
+    rows = number_table(home, "parts/part_locs.txt")
     if rows.shape[1] != 5 or not np.isin(rows[:, 1], np.arange(len(PARTS)) + 1).all():
         raise ValueError(f"{home / 'parts/part_locs.txt'} is damaged; expected image, part (1 to 15), x, y, visible")
     parts = rows[:, 1].astype(int) - 1
@@ -191,9 +196,9 @@ def _keypoints(home: Path, ids: list[int]) -> Float[Tensor, "n 15 3"]:
     return torch.from_numpy(points)
 
 
-def _attributes(home: Path, numbers: list[int]) -> Float[Tensor, "k a"]:
+def class_attributes(home: Path, numbers: list[int]) -> Float[Tensor, "k a"]:
     """Look up the shares of the classes, printed in percent."""
-    table = _numbers(home, ATTRIBUTES)
+    table = number_table(home, ATTRIBUTES)
     if len(table) < max(numbers):
         raise ValueError(f"{home / ATTRIBUTES} is damaged: {len(table)} rows for class number {max(numbers)}")
     return torch.from_numpy(table[[number - 1 for number in numbers]] / 100).float()
