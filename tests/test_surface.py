@@ -3,11 +3,14 @@
 import ast
 import importlib
 import inspect
+from functools import partial
 from pathlib import Path
+from types import FunctionType
 
 import pytest
 
 import sightline
+from sightline.runs import describe
 
 PACKAGE = {
     "explain": "(model, images, target=None, method='grad_cam', *, normalization=None, layer=None, "
@@ -17,7 +20,7 @@ PACKAGE = {
     "Classifier": "(model, layer, score=logit, to_grid=channels_first, mean=(0.0,), std=(1.0,), size=(224, 224), "
     "channels=3, classes=())",
     "measure": "(method, classifier, batches, metrics, *, explain='scored', report=None)",
-    "run": "(spec, *, on=None, folder=None, report=None)",
+    "run": "(spec, *, on=None, folder=None, keep=None, report=None)",
     "Spec": "(model, data, method, metrics, explain='scored', layer=None, images=0, batch=16, seed=0)",
     "Run": "(spec, scores, arguments, provenance, classes=(), skipped=<factory>, pictures=<factory>)",
 }
@@ -96,6 +99,96 @@ COMBINATORS = {
     "product": "(*methods, normalize='none')",
 }
 
+METRICS = {
+    "average_drop": "(*, erase='black', exponent=1.0, region='map', on='boxes', scored='label')",
+    "average_increase": "(*, erase='black', exponent=1.0, region='map', on='boxes', scored='label')",
+    "average_gain": "(*, erase='black', exponent=1.0, region='map', on='boxes', scored='label')",
+    "insertion": "(*, steps=224, erase='rise', ties='row_major', score=probability, scored='predicted', seed=0, "
+    "chunk=64)",
+    "deletion": "(*, steps=224, erase='mean', ties='row_major', score=probability, scored='predicted', seed=0, "
+    "chunk=64)",
+    "mass": "(*, on='object', radius=0.06696428571428571)",
+    "minimality": "(*, level=0.9, steps=100, erase='blur', score=probability, scored='label', chunk=64)",
+    "representativeness": "(*, steps=20, smooth=10.0, erase='blur', score=probability, scored='label', chunk=64)",
+    "localization_error": "(*, rule='matched_area', alpha=1.0, iou=0.5, strict=True, area='unclipped', normalize=True)",
+    "official_metric": "(*, rule='matched_area', alpha=1.0, iou=0.5, strict=True, area='unclipped', normalize=True)",
+    "f1": "(*, area='unclipped', normalize=True)",
+    "localization_error_continuous": "(*, rule='mean', alpha=1.0, area='unclipped', normalize=True)",
+    "official_metric_continuous": "(*, rule='mean', alpha=1.0, area='unclipped', normalize=True)",
+    "f1_union": "(*, area='unclipped', normalize=True)",
+    "box_accuracy": "(*, threshold=0.2, iou=0.5, regions='largest', protocol='official', resize='bicubic', "
+    "connectivity=8)",
+    "max_box_accuracy": "(*, iou=0.5, thresholds=1000, protocol='official', resize='bicubic', connectivity=8)",
+    "max_box_accuracy_v2": "(*, iou=(0.3, 0.5, 0.7), thresholds=1000, regions='all', protocol='official', "
+    "resize='bicubic', connectivity=8)",
+    "pxap": "(*, bins=1000, resize='bicubic', exact=False)",
+    "pointing_game": "(*, tolerance=15.0, ties='mean', on='mask', subset='all', average='class', strict=True, "
+    "resize='bilinear', scored='label')",
+    "energy_pointing_game": "(*, on='boxes', coverage=1.0, scored='label')",
+    "saliency_metric": "(*, p_on='crop', rule='mean', alpha=1.0, least=0.05, scored='label')",
+    "aopc": "(*, patch=14, steps=10, erase='black', order='most', score=probability, scored='predicted', "
+    "reduce='steps', chunk=64)",
+    "selectivity": "(*, of='average_drop', exponents=(0.01, 0.05, 0.1, 0.5, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0), "
+    "erase='black', scored='label')",
+    "road": "(*, shares=(0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9), order='most', noise=0.01, scored='label', "
+    "seed=0, chunk=64)",
+    "remove_and_classify": "(*, shares=(0.1, 0.3, 0.5, 0.7, 0.9), erase=blur(sigma=15.0, radius=15), relative=True, "
+    "scored='label', seed=0, chunk=64)",
+    "max_sensitivity": "(*, samples=10, radius=0.2, of='raw', relative=True, clamp=False, scored='predicted', seed=0)",
+    "infidelity": "(*, perturbation='noisy_baseline', samples=1000, noise=0.2, sides=(0.03571428571428571, "
+    "0.35714285714285715), multiplied=False, erase='black', score=logit, normalize=True, scored='label', seed=0, "
+    "chunk=64)",
+    "adcc": "(*, erase='black', average='image', scored='predicted')",
+    "coherency": "(*, erase='black', scored='predicted')",
+    "complexity": "(*, scored='predicted')",
+    "total_variation": "(*, reduce='sum', of='saliency')",
+    "entropy": "(*, sides='one', of='saliency')",
+    "area": "(*, of='saliency')",
+    "area_deviation": "(*, over='data', of='saliency')",
+}
+
+PROTOCOLS = {
+    "multi_classifier_accuracy": "(method, classifier, samples, *, classifiers, mask='map', rule='matched_area', "
+    "normalize=True, erase='black', radius=3.0, seed=0, batch=16)",
+    "weak_localization": "(method, classifier, samples, *, held_out, iou=0.5, inclusive=True, batch=16)",
+    "cue_localization": "(method, classifier, samples, *, masks='auto', pairs=None, distances=(1, 2, 3), limit=None, "
+    "mapping='substring', segmentation=True, normalize='max', rescale='none', blur=0.0, bins=0, spacing='linear', "
+    "drop_below=0.0, reset=True, batch=16)",
+    "part_ratio": "(method, classifier, samples, *, numerator, denominator, names=None, groups=None, window=5, "
+    "least=11, of='saliency', as_mask=False, batch=16)",
+    "randomization": "(method, classifier, samples, *, mode='cascading', stages=5, scored='label', seed=0, batch=16)",
+    "label_permutation": "(method, classifier, samples, *, permuted, scored='label', batch=16)",
+    "segmentation": "(method, classifier, samples, *, thresholds=(0.01, 0.02, 0.03, 0.04, 0.05, 0.06, 0.07, 0.08, "
+    "0.09, 0.1, 0.11, 0.12, 0.13, 0.14, 0.15, 0.16, 0.17, 0.18, 0.19, 0.2, 0.21, 0.22, 0.23, 0.24, 0.25, 0.26, "
+    "0.27, 0.28, 0.29, 0.3, 0.31, 0.32, 0.33, 0.34, 0.35, 0.36, 0.37, 0.38, 0.39, 0.4, 0.41, 0.42, 0.43, 0.44, "
+    "0.45, 0.46, 0.47, 0.48, 0.49, 0.5), threshold=None, normalize='max', by=None, tau_cam=0.25, tau_sm=0.15, "
+    "batch=16)",
+}
+
+DATASETS = {
+    "creatures": "(split='test', *, count=None, size=64, variant='plain', seed=0, rho=0.95)",
+    "folder": "(root, *, size=224, resize='direct', labels=True, count=None, check='decode')",
+    "mnist": "(root, split='test', *, size=28, count=None)",
+    "cub_crops": "(root, split='test', *, classes=None, size=224, resize='direct', count=None, check='decode')",
+    "mnist_segmentation": "(root, split='test', *, size=128, count=None)",
+    "imagenet": "(root, split='val', *, boxes='xml', annotations=None, metadata=None, origin=0, exclude=None, "
+    "classes=None, size=224, resize='direct', count=None, check='header')",
+    "imagenet_v2": "(root, *, boxes='wsol', metadata=None, size=224, resize='direct', count=None, check='header')",
+    "cub": "(root, split='test', *, classes=None, segmentations=None, size=224, resize='direct', count=None, "
+    "check='header')",
+    "cub_v2": "(root, *, metadata=None, size=224, resize='direct', count=None, check='header')",
+    "openimages30k": "(root, split='test', *, masks=None, metadata=None, size=224, resize='direct', count=None, "
+    "check='header')",
+    "voc": "(root, split='val', *, year='2012', task='segmentation', listing=None, masks='SegmentationClass', "
+    "size=224, resize='direct', count=None, check='decode')",
+    "coco": "(root, split='val', *, year='2017', annotations=None, crowd='ignore', unlabeled=False, size=224, "
+    "resize='direct', count=None, check='decode')",
+    "pets": "(root, split='test', *, task='breed', breeds=None, boxes='trimap', official=True, size=224, "
+    "resize='direct', count=None, check='decode')",
+    "kvasir": "(root, split='test', *, listing=None, seed=0, size=224, resize='direct', count=None, check='decode')",
+    "chest_xray": "(root, split='test', *, size=224, resize='direct', count=None, check='decode')",
+}
+
 FUNCTIONS = {
     "classifier": {
         "logit": "(logits, y)",
@@ -133,6 +226,7 @@ FUNCTIONS = {
         "degenerate": "(saliency)",
         "blur": "(x, sigma, *, padding='reflect', radius=None)",
         "scale": "(size, side=224.0)",
+        "scaled": "(saliency, size)",
         "peak": "(saliency)",
         "threshold": "(saliency, alpha, rule='value')",
         "boxes": "(mask, size)",
@@ -151,42 +245,61 @@ FUNCTIONS = {
         "filler": "(x, choice, mean)",
         "mix": "(x, mask, erase)",
     },
-    "protocols": {"fit_discs": "(samples)"},
+    "metrics": METRICS,
+    "protocols": {"fit_discs": "(samples)", **PROTOCOLS},
+    "datasets": DATASETS,
+    "interchange": {
+        "write_map": "(path, saliency)",
+        "read_map": "(path)",
+        "write_irn": "(path, cams, *, pickled=False)",
+        "read_irn": "(path, *, pickled=False)",
+        "write_labels": "(path, labels)",
+        "read_labels": "(path)",
+        "write_overlay": "(path, image, saliency)",
+        "write_coco": "(path, detections)",
+        "read_coco": "(path)",
+        "encoded": "(mask)",
+        "decoded": "(code)",
+        "stored": "(root, *, form='auto', pickled=False, resize='input')",
+        "of_captum": "(attribute, *, reduce='sum')",
+        "for_quantus": "(method)",
+    },
     "data": {"collate": "(samples)", "batches": "(dataset, size, indices=None)"},
 }
 
 NAMES = {
     "methods.METHODS": list(METHODS),
     "methods.COMBINATORS": list(COMBINATORS),
-    "metrics.METRICS": [
-        *("average_drop", "average_increase", "average_gain", "insertion", "deletion"),
-        *("mass", "minimality", "representativeness"),
-    ],
-    "models.MODELS": ["creatures", "mini_resnet", "mini_vgg", "mini_vit"],
-    "datasets.DATASETS": ["creatures", "folder", "mnist", "cub_crops"],
-    "erase.ERASERS": ["black", "blur", "noise", "telea"],
+    "metrics.METRICS": list(METRICS),
+    "protocols.PROTOCOLS": list(PROTOCOLS),
+    "models.MODELS": ["creatures", "mini_resnet", "mini_vgg", "mini_vit", "none"],
+    "datasets.DATASETS": list(DATASETS),
+    "erase.ERASERS": ["black", "blur", "noise", "telea", "noisy_linear"],
     "classifier.SCORES": ["logit", "log_probability", "probability", "sigmoid"],
 }
 
-MODULES = ["classifier", "data", "datasets", "erase", "images", "maps", "methods", "metrics", "models", "report"]
-MODULES += ["runs", "training", "viz"]
+MODULES = ["classifier", "data", "datasets", "erase", "images", "interchange", "maps", "methods", "metrics", "models"]
+MODULES += ["protocols", "report", "runs", "training", "viz"]
+
+
+WORDS = (FunctionType, partial)
 
 
 class Word:
-    """A default that is a function, by its name."""
+    """A default that is a function, by its name, with its settings where it has some."""
 
     def __init__(self, function):
         self.function = function
 
     def __repr__(self):
-        return self.function.__name__
+        return describe(self.function)
 
 
 def signature(thing):
     """Return a signature without its annotations."""
     plain = []
     for parameter in inspect.signature(thing).parameters.values():
-        default = Word(parameter.default) if inspect.isfunction(parameter.default) else parameter.default
+        default = Word(parameter.default) if isinstance(parameter.default, WORDS) else parameter.default
         plain.append(parameter.replace(annotation=parameter.empty, default=default))
     return str(inspect.Signature(plain))
 
