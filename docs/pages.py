@@ -1,4 +1,5 @@
-"""Write a page of every method and combinator into docs/methods, and with --pictures its picture too.
+"""Write a page of every method and combinator into docs/methods, and with --pictures its picture too; and a page of
+every metric and protocol into docs/metrics.
 
 The pictures explain drawn creatures with the embedded network; those of attention need a trained transformer:
 
@@ -21,12 +22,16 @@ from sightline.datasets import creatures
 from sightline.explanation import laid
 from sightline.maps import degenerate
 from sightline.methods import COMBINATORS, METHODS
+from sightline.metrics import METRICS
 from sightline.models import load
-from sightline.runs import Choice
+from sightline.protocols import PROTOCOLS
+from sightline.runs import Choice, describe
 from sightline.settings import method_of, signed
 
 HERE = Path(__file__).parent
 TEXTS = tomllib.loads((HERE / "methods.toml").read_text(encoding="utf-8"))
+JUDGES = tomllib.loads((HERE / "metrics.toml").read_text(encoding="utf-8"))
+DIRECTIONS = {True: "higher is better", False: "lower is better", None: "neither higher nor lower is better"}
 SHOWN = (3, 11, 46)
 TRANSFORMER = Path("out/creatures-vit/classifier.safetensors")
 EXAMPLES = {
@@ -76,11 +81,13 @@ def command(name: str) -> str:
 def signature(name: str, function: Callable[..., object]) -> str:
     """Return the call with its defaults, without annotations."""
     parameters = inspect.signature(function).parameters.values()
-    shown = [
-        p.name if p.default is p.empty else f"{p.name}={getattr(p.default, '__name__', repr(p.default))}"
-        for p in parameters
-    ]
-    return f"{name}({', '.join(shown)})"
+    parts = [p.name if p.default is p.empty else f"{p.name}={shown(p.default)}" for p in parameters]
+    return f"{name}({', '.join(parts)})"
+
+
+def shown(default: object) -> str:
+    """Return a default as a reader writes it."""
+    return str(describe(default)) if callable(default) else repr(default)
 
 
 def index() -> str:
@@ -90,6 +97,60 @@ def index() -> str:
     lines += ["", "## Combinators", "", "They make a method of others: `smooth(gradient)?samples=20`.", ""]
     lines += ["| combinator | what it gives | paper | cost an image |", "| :-- | :-- | :-- | :-- |"]
     lines += [f"| [{n}]({n}.md) | {e.summary} | {e.paper} | {e.cost} |" for n, e in COMBINATORS.items()]
+    return "\n".join(lines) + "\n"
+
+
+def judge_page(name: str) -> str:
+    """Return the page of a metric or protocol."""
+    entry = METRICS.get(name) or PROTOCOLS[name]
+    function = METRICS[name].metric if name in METRICS else PROTOCOLS[name].protocol
+    module = inspect.cleandoc(sys.modules[function.__module__].__doc__ or "").replace("\n", " ")
+    text, unit = JUDGES[name], f" Unit: {entry.unit}." if entry.unit else ""
+    lines = [
+        f"# {name}",
+        f"{entry.summary[0].upper()}{entry.summary[1:]}.",
+        module,
+        f"Direction: {direction(name)}. Range: {text['range']}.{unit}",
+        f"## Definition\n\n```text\n{signature(name, function)}\n\n{inspect.getdoc(function)}\n```",
+        f"## Variants\n\n{text['variants']}",
+        f"## Pitfalls\n\n{text['pitfalls']}",
+        f"## Who computes it differently\n\n{text['elsewhere']}",
+    ]
+    return "\n\n".join(lines) + "\n"
+
+
+def direction(name: str) -> str:
+    """Say which way a metric is better, of a protocol for each of its numbers."""
+    if name in METRICS:
+        return DIRECTIONS[METRICS[name].higher_is_better]
+    parts = PROTOCOLS[name].parts
+    if len(set(parts.values())) == 1:
+        return f"{', '.join(f'`{part}`' for part in parts)}: {DIRECTIONS[next(iter(parts.values()))]}"
+    return "; ".join(f"`{part}`: {DIRECTIONS[better]}" for part, better in parts.items())
+
+
+def judge_index() -> str:
+    """Return the page that lists metrics and protocols."""
+    arrows = {True: "↑", False: "↓", None: ""}
+    lines = ["# Metrics", "", "One explained batch at a time; `sightline evaluate --metric NAME?setting=value`.", ""]
+    lines += ["| metric | what it measures | better | unit | paper |", "| :-- | :-- | :-- | :-- | :-- |"]
+    lines += [
+        f"| [{n}]({n}.md) | {e.summary} | {arrows[e.higher_is_better]} | {e.unit} | {e.paper} |"
+        for n, e in METRICS.items()
+    ]
+    lines += [
+        "",
+        "## Protocols",
+        "",
+        "Whole data sets, several models, splits, class pairs or reruns; asked for like a metric.",
+        "",
+    ]
+    lines += ["| protocol | what it measures | numbers | needs | paper |", "| :-- | :-- | :-- | :-- | :-- |"]
+    lines += [
+        f"| [{n}]({n}.md) | {e.summary} | {', '.join(f'{part} {arrows[up]}'.strip() for part, up in e.parts.items())} "
+        f"| {', '.join(f'`{one}=`' for one in e.needs)} | {e.paper} |"
+        for n, e in PROTOCOLS.items()
+    ]
     return "\n".join(lines) + "\n"
 
 
@@ -111,13 +172,18 @@ def picture(name: str, classifiers: dict[str, Classifier]) -> bytes:
 
 
 def main() -> None:
-    """Write pages, and the pictures that are asked for: all, or those named behind --pictures."""
+    """Write the pages, and the pictures that are asked for: all, or those named behind --pictures."""
     folder = HERE / "methods"
     folder.mkdir(exist_ok=True)
     (folder / "README.md").write_text(index(), encoding="utf-8")
     names = [*METHODS, *COMBINATORS]
     for name in names:
         (folder / f"{name}.md").write_text(page(name), encoding="utf-8")
+    judges = HERE / "metrics"
+    judges.mkdir(exist_ok=True)
+    (judges / "README.md").write_text(judge_index(), encoding="utf-8")
+    for name in (*METRICS, *PROTOCOLS):
+        (judges / f"{name}.md").write_text(judge_page(name), encoding="utf-8")
     if "--pictures" not in sys.argv:
         return
     wanted = sys.argv[sys.argv.index("--pictures") + 1 :] or names
