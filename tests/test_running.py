@@ -437,6 +437,7 @@ def test_protocols_alone_need_no_metric_and_see_only_the_images_asked_for():
     assert {score.metric.name.partition(".")[0] for score in made.scores.scores} == {"weak_localization"}
     assert made.scores["weak_localization.value"].count == 3
     assert len(made.scores.ids) == 3
+    assert made.scores.seconds > 0
 
 
 def test_a_protocol_s_needs_and_settings_are_checked_first():

@@ -257,7 +257,8 @@ def run(
         told(count, count, name.partition("(")[0])
         parts = with_objects(protocol, on, spec)(maps, on.classifier, First(on.samples, count))
         made[name] = tuple(replace(score, metric=Choice(part)) for part, score in parts.items())
-    scores = replace(scores, scores=tuple(one for choice in spec.metrics for one in named_after(choice, made)))
+    listed = tuple(one for choice in spec.metrics for one in named_after(choice, made))
+    scores = replace(scores, scores=listed, seconds=scores.seconds if judges.metrics else maps.seconds)
     recorded = {
         **on.arguments,
         "method": arguments(function),
