@@ -226,7 +226,7 @@ FUNCTIONS = {
         "degenerate": "(saliency)",
         "blur": "(x, sigma, *, padding='reflect', radius=None)",
         "scale": "(size, side=224.0)",
-        "scaled": "(saliency, size)",
+        "scaled": "(saliency, size, mode='bilinear')",
         "peak": "(saliency)",
         "threshold": "(saliency, alpha, rule='value')",
         "boxes": "(mask, size)",

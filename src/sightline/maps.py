@@ -43,11 +43,11 @@ def unit(saliency: Float[Tensor, "b c i j"]) -> Float[Tensor, "b c i j"]:
     return (saliency - low) / torch.where(spread > 0, spread, torch.ones_like(spread))
 
 
-def scaled(saliency: Saliency, size: tuple[int, int]) -> Saliency:
+def scaled(saliency: Saliency, size: tuple[int, int], mode: Mode = "bilinear") -> Saliency:
     """Resize maps to `size` and scale each to [0, 1]; a constant one becomes zero, and not its rounding errors."""
     values = saliency.flatten(1)
     flat = (values.amin(1) == values.amax(1)).view(-1, 1, 1, 1)
-    return torch.where(flat, 0, unit(resize(saliency, size)))
+    return torch.where(flat, 0, unit(resize(saliency, size, mode)))
 
 
 def degenerate(saliency: Saliency) -> list[str | None]:

@@ -18,7 +18,9 @@ from markupsafe import Markup
 
 from sightline.methods import COMBINATORS
 from sightline.metrics import METRICS
+from sightline.metrics import Entry as Judge
 from sightline.protocols import PROTOCOLS
+from sightline.protocols import Entry as Protocol
 from sightline.runs import Run, Score, split, write_text
 from sightline.table import NOTHING, Column, Row, Table, differences, digits, fixed, named, summary, tables
 
@@ -165,19 +167,23 @@ def report(runs: Sequence[Run], *, roots: Sequence[Path], title: str = TITLE, im
     )
 
 
+def known(metric: str) -> Judge | Protocol | None:
+    """Return the entry of a metric, or of the protocol whose number it is; None for one that is not ours."""
+    name = metric.partition(".")[0]
+    return METRICS[name] if name in METRICS else PROTOCOLS.get(name)
+
+
 def meaning(metric: str) -> str:
     """Return what a reader is told about a metric, or about a number of a protocol."""
-    name = metric.partition(".")[0]
-    entry = METRICS[name] if name in METRICS else PROTOCOLS.get(name)
+    entry = known(metric)
     if entry is None:
         return "a metric without a description here"
-    return f"{entry.summary}, in {entry.unit}" if entry.unit and name == metric else entry.summary
+    return f"{entry.summary}, in {entry.unit}" if entry.unit and metric in METRICS else entry.summary
 
 
 def axes(metric: str) -> tuple[str, str]:
     """Return what the axes of a curve are called, across and up."""
-    name = metric.partition(".")[0]
-    entry = METRICS[name] if name in METRICS else PROTOCOLS.get(name)
+    entry = known(metric)
     return ("fraction of the way", "score") if entry is None else (entry.axis, entry.unit or "score")
 
 

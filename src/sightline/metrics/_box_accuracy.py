@@ -200,7 +200,7 @@ def overlaps(case: Case, search: Search, metric: str) -> Float[Tensor, "b n"]:
 
     def make() -> Tensor:
         s = scaled(case, search.resize)[:, 0].cpu().numpy()
-        rows = [one(s[i], truth(case, i, metric), search) for i in range(len(s))]
+        rows = [one(s[i], case.boxes(i, metric).numpy(), search) for i in range(len(s))]
         return torch.from_numpy(np.stack(rows)).to(case.raw.device)
 
     return case.once(("box overlaps", search), make)
@@ -209,19 +209,6 @@ def overlaps(case: Case, search: Search, metric: str) -> Float[Tensor, "b n"]:
 def one(s: NDArray[Any], B: Floats, search: Search) -> Floats:
     """Return one image's part of `overlaps`."""
     return best_overlaps(s, B, search) if len(B) else np.full(len(search.thresholds), np.nan)
-
-
-def truth(case: Case, i: int, metric: str) -> Floats:
-    """Return the boxes of the i-th image's label.
-
-    Raises:
-        ValueError: the image has neither boxes nor a mask.
-    """
-    boxes = case.batch.samples[i].boxes_of(int(case.y[i]))
-    if boxes is None:
-        raise ValueError(f"{metric} needs boxes or a mask, and {case.batch.samples[i].id!r} has neither")
-    found: Floats = boxes.double().numpy()
-    return found
 
 
 def best_overlaps(s: NDArray[Any], B: Floats, search: Search) -> Floats:

@@ -206,7 +206,7 @@ def over_images(
         found = m.new_zeros(len(m), 4)
     else:
         found = case.once(("box", rule, alpha, normalize), lambda: predicted(m, rule, alpha))
-    each = zip(m[:, 0], found, [truth(case, i, metric) for i in range(len(m))], strict=True)
+    each = zip(m[:, 0], found, [case.boxes(i, metric).to(m.device) for i in range(len(m))], strict=True)
     numbers = [one(shown, Bp, B) if len(B) else m.new_tensor(torch.nan) for shown, Bp, B in each]
     return torch.stack(numbers)
 
@@ -227,18 +227,6 @@ def in_pixels(case: Case, *, normalize: bool) -> Saliency:
                 "leave normalize=True"
             )
     return m
-
-
-def truth(case: Case, i: int, metric: str) -> Boxes:
-    """Return the boxes of the i-th image's label, in float64 on the maps' device.
-
-    Raises:
-        ValueError: the image has neither boxes nor a mask.
-    """
-    boxes = case.batch.samples[i].boxes_of(int(case.y[i]))
-    if boxes is None:
-        raise ValueError(f"{metric} needs boxes or a mask, and {case.batch.samples[i].id!r} has neither")
-    return boxes.to(case.raw.device).double()
 
 
 def predicted(m: Saliency, rule: Rule, alpha: float) -> Float[Tensor, "b 4"]:

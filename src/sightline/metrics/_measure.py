@@ -61,6 +61,17 @@ class Case:
             self.classifier(self.x)
         return self.logits.argsort(dim=1, descending=True, stable=True)[:, 0]
 
+    def boxes(self, i: int, metric: str) -> Float[Tensor, "n 4"]:
+        """Return the boxes of the i-th image's scored class, in float64; `metric` asks for them.
+
+        Raises:
+            ValueError: the image has neither boxes nor a mask.
+        """
+        found = self.batch.samples[i].boxes_of(int(self.y[i]))
+        if found is None:
+            raise ValueError(f"{metric} needs boxes or a mask, and {self.batch.samples[i].id!r} has neither")
+        return found.double()
+
     def probability(self) -> Values:
         """Return p, the scored class's probability on the image, in float64."""
         return probability(self.logits.double(), self.y)
@@ -83,6 +94,11 @@ def finite(raw: Saliency) -> Saliency:
 def itself(values: Tensor) -> Tensor:
     """Return the values as they are."""
     return values
+
+
+def mean(curve: Float[Tensor, "*b n"]) -> Float[Tensor, "*b"]:
+    """Return the mean of each curve."""
+    return curve.mean(-1)
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from sightline.maps import resize as resized
-from sightline.maps import unit
+from sightline import maps
 from sightline.metrics._measure import Case, Measure
 from sightline.registry import unknown
 from sightline.types import Saliency
@@ -159,7 +158,7 @@ def scaled(case: Case, resize: Resize) -> Saliency:
 
     def make() -> Tensor:
         raw = case.raw if case.raw.dtype == torch.float64 else case.raw.float()
-        return unit(resized(raw, (case.x.shape[2], case.x.shape[3]), resize))
+        return maps.scaled(raw, (case.x.shape[2], case.x.shape[3]), resize)
 
     return case.once(("scaled", resize), make)
 

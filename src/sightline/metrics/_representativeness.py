@@ -7,7 +7,7 @@ from torch import Tensor
 from sightline.classifier import probability
 from sightline.erase import Eraser, filler, mix
 from sightline.maps import blur, scale, unit
-from sightline.metrics._measure import Case, Measure, Scored, check_scored, itself
+from sightline.metrics._measure import Case, Measure, Scored, check_scored, itself, mean
 from sightline.metrics._minimality import ends, normalized
 from sightline.types import Score
 
@@ -73,8 +73,3 @@ def deletion_curve(
 
     p = torch.cat([seen(some) for some in torch.split(pairs, chunk)]).view(len(x), n)
     return normalized(p, *ends(case, erase, score))
-
-
-def mean(curve: Float[Tensor, "*b n"]) -> Float[Tensor, "*b"]:
-    """Return the mean of each curve."""
-    return curve.mean(-1)

@@ -6,13 +6,12 @@ Rong et al., A consistent and efficient evaluation strategy for attribution meth
 from collections.abc import Sequence
 from functools import partial
 
-from jaxtyping import Float
 from torch import Tensor
 
 from sightline.erase import noisy_linear
 from sightline.metrics._aopc import Order, check_order
 from sightline.metrics._insertion import rank
-from sightline.metrics._measure import Case, Measure, Scored, check_scored, itself
+from sightline.metrics._measure import Case, Measure, Scored, check_scored, itself, mean
 from sightline.metrics._remove_and_classify import accurate, check_shares
 
 
@@ -49,8 +48,3 @@ def road(
 
     axis = tuple(map(float, shares))
     return Measure(curve, order == "least", scored, width=len(axis), finish=mean, curve=itself, axis=axis)
-
-
-def mean(curve: Float[Tensor, "*b n"]) -> Float[Tensor, "*b"]:
-    """Return the mean of each curve."""
-    return curve.mean(-1)

@@ -4,12 +4,11 @@ from collections.abc import Mapping, Sequence
 from typing import Literal, TypeAlias
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from sightline.erase import Eraser
 from sightline.metrics._average import Compare, drop, gain, increase
-from sightline.metrics._measure import Case, Measure, Scored, check_scored, itself
+from sightline.metrics._measure import Case, Measure, Scored, check_scored, itself, mean
 from sightline.registry import chosen
 
 Of: TypeAlias = Literal["average_drop", "average_increase", "average_gain"]
@@ -53,8 +52,3 @@ def selectivity(
 
     axis = tuple(map(float, exponents))
     return Measure(curve, higher_is_better, scored, width=len(axis), finish=mean, curve=itself, axis=axis)
-
-
-def mean(curve: Float[Tensor, "*b n"]) -> Float[Tensor, "*b"]:
-    """Return the mean of each curve."""
-    return curve.mean(-1)
