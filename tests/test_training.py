@@ -80,7 +80,7 @@ class Recorder:
         self.place = number
         self.epochs.append((number, steps))
 
-    def step(self, batch):
+    def step(self, batch, share):
         self.seen += [(self.place, name, image) for name, image in zip(batch.ids, batch.x, strict=True)]
         self.noise = torch.rand(3)
         return {"loss": torch.tensor(float(self.loss(len(self.seen))))}
@@ -280,11 +280,11 @@ def test_a_checkpoint_of_other_settings_is_refused(tmp_path):
             train(small(), Toy(), CONFIG, out=tmp_path, accelerator="cpu")
 
 
-@pytest.mark.parametrize("wrong", [{"epochs": 0}, {"batch": 0}, {"every": 0}])
+@pytest.mark.parametrize("wrong", [{"epochs": 0}, {"batch": 0}, {"every": 0}, {"fraction": 0.0}, {"fraction": 1.1}])
 def test_numbers_out_of_range_are_refused(wrong):
     with pytest.raises(ValueError, match="precision to be one of 32-true, bf16-mixed, got '16-mixed'"):
         fit(Recorder(), Toy(), epochs=1, batch=4, precision="16-mixed")
-    with pytest.raises(ValueError, match="expected epochs, batch and every >= 1 and at least one image"):
+    with pytest.raises(ValueError, match="expected epochs, batch and every >= 1, fraction in"):
         fit(Recorder(), Toy(), **{"epochs": 1, "batch": 4, **wrong})
     with pytest.raises(ValueError, match="and 0 images"):
         fit(Recorder(), Toy(0), epochs=1, batch=4)
@@ -370,7 +370,7 @@ def one_step(config, outputs=2):
     trainer.epoch(0, 1)
     with torch.no_grad():
         logits = classifier.model(batch.x)
-    return float(trainer.step(batch)["loss"]), logits, batch.y
+    return float(trainer.step(batch, 1.0)["loss"]), logits, batch.y
 
 
 def test_label_smoothing_is_cross_entropy_with_softened_targets():
@@ -395,9 +395,9 @@ def test_labels_are_checked():
     trainer.epoch(0, 1)
     image = torch.rand(3, 16, 16)
     with pytest.raises(ValueError, match="needs a label for every image; 'b' has none"):
-        trainer.step(collate([Sample("a", image, 1), Sample("b", image)]))
+        trainer.step(collate([Sample("a", image, 1), Sample("b", image)]), 1.0)
     with pytest.raises(ValueError, match=r"label 2 is outside 0\.\.1: the network has 2 classes"):
-        trainer.step(collate([Sample("a", image, 2), Sample("b", image, 0)]))
+        trainer.step(collate([Sample("a", image, 2), Sample("b", image, 0)]), 1.0)
 
 
 def test_the_state_is_a_copy():
@@ -406,10 +406,10 @@ def test_the_state_is_a_copy():
     trainer.setup(Fabric(accelerator="cpu", devices=1))
     trainer.epoch(0, 6)
     batch = collate([Toy()[n] for n in range(4)])
-    trainer.step(batch)
+    trainer.step(batch, 1.0)
     kept = tensors(trainer.state_dict())
     before = {name: value.clone() for name, value in kept.items()}
-    trainer.step(batch)
+    trainer.step(batch, 1.0)
     after = tensors(trainer.state_dict())
     assert sum("momentum_buffer" in name for name in kept) == 6
     assert all(torch.equal(kept[name], before[name]) for name in kept)

@@ -22,7 +22,7 @@ from sightline.classifier import Classifier, check_labels, read_logits
 from sightline.data import Batch, Indexed, Sample, batches
 from sightline.hooks import submodule
 from sightline.registry import unknown
-from sightline.training import Augment, Metrics, Progress, fit, generator
+from sightline.training import Augment, Metrics, Progress, fit, generator, gradients, synchronize, update
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -163,14 +163,14 @@ class ClassifierTrainer:
 
     def setup(self, fabric: "Fabric") -> None:
         """Move the network to its device and make the optimizer."""
-        c, parameters = self.config, self.classifier.model.parameters()
-        optimizer: torch.optim.Optimizer = (
+        c, self.fabric = self.config, fabric
+        self.network = synchronize(fabric, fabric.to_device(self.classifier.model))
+        parameters = self.network.parameters()
+        self.optimizer: torch.optim.Optimizer = (
             torch.optim.SGD(parameters, c.lr, c.momentum, weight_decay=c.weight_decay)
             if c.optimizer == "sgd"
             else torch.optim.AdamW(parameters, c.lr, weight_decay=c.weight_decay)
         )
-        self.fabric = fabric
-        self.network, self.optimizer = fabric.setup(self.classifier.model, optimizer)
 
     def epoch(self, number: int, steps: int) -> None:
         """Set training mode; in the first stage freeze what the configuration names."""
@@ -181,20 +181,20 @@ class ClassifierTrainer:
         for name in self.learning:
             self.classifier.model.get_parameter(name).requires_grad_(name not in kept)
 
-    def step(self, batch: Batch) -> dict[str, Tensor]:
+    def step(self, batch: Batch, share: float) -> dict[str, Tensor]:
         """Take one optimizer step; return loss and accuracy of the batch."""
         if batch.y is None:
             missing = [sample.id for sample in batch.samples if sample.label is None]
             raise ValueError(f"training a classifier needs a label for every image; {missing[0]!r} has none")
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.config, self.done, self.steps)
-        logits = read_logits(self.network(self.classifier.normalize(batch.x)))
+        with self.fabric.autocast():
+            logits = read_logits(self.network(self.classifier.normalize(batch.x))).to(batch.x.dtype)
         logits = torch.cat([torch.zeros_like(logits), logits], 1) if logits.shape[1] == 1 else logits
         y = check_labels(logits, batch.y)
         loss = F.cross_entropy(logits, y, label_smoothing=self.config.label_smoothing)
-        self.optimizer.zero_grad()
-        self.fabric.backward(loss)
-        self.optimizer.step()
+        learning = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
+        update(self.optimizer, learning, gradients(self.fabric, loss, learning, share))
         self.done += 1
         return {"loss": loss.detach(), "accuracy": (logits.argmax(1) == y).float().mean()}
 

@@ -1,12 +1,17 @@
-"""Training. One loop for every trainer: it owns order, augmentation, checkpoints and stopping.
+"""Training. One loop for every trainer: it owns order, augmentation, processes, checkpoints and stopping.
 
 What happens at a step depends on (seed, epoch, step) alone, so on the CPU a run that was killed and resumed ends with
-the very bits of an uninterrupted one. A trainer owns modules, optimizers, schedules and its own backward passes.
+the very bits of an uninterrupted one. A trainer owns modules, optimizers, schedules and its own gradients.
+
+Under `torchrun` each process takes its part of every step's images and gradients are summed: the same training as in
+one process, up to rounding, for networks whose images do not know of each other. Batch norms do: every process has its
+own statistics on the CPU, all have common ones on GPUs (`synchronize`). Dropout draws alike in every process.
 """
 
 import hashlib
 import json
 import math
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,10 +20,10 @@ from dataclasses import asdict, dataclass, field, replace
 from io import BytesIO
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, cast, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sightline.data import Batch, Indexed, Sample, collate
 from sightline.runs import describe, write_bytes, write_text
@@ -47,15 +52,18 @@ class Trainer(Protocol):
         ...
 
     def setup(self, fabric: "Fabric") -> None:
-        """Wrap modules and optimizers; called once, before all else."""
+        """Move modules to the fabric's device and make optimizers; called once, before all else."""
         ...
 
     def epoch(self, number: int, steps: int) -> None:
         """Enter epoch `number` (from 0) of `steps` steps: set modes and flags; after a resume also in its middle."""
         ...
 
-    def step(self, batch: Batch) -> Mapping[str, Tensor]:
-        """Learn from one batch, backward passes and optimizer steps included; return scalars, `loss` among them."""
+    def step(self, batch: Batch, share: float) -> Mapping[str, Tensor]:
+        """Learn from this process's images, `share` of the step's; return means over them, `loss` among them.
+
+        With `gradients` and `update`, forward passes under `fabric.autocast()`.
+        """
         ...
 
     def state_dict(self) -> dict[str, Any]:
@@ -109,10 +117,12 @@ def fit(
     report: Callable[[Progress], None] | None = None,
     precision: str = "32-true",
     accelerator: str = "auto",
+    fraction: float = 1.0,
 ) -> tuple[Metrics, ...]:
     """Train for `epochs` epochs and return the mean metrics of each.
 
-    With `out`, a checkpoint is written every `every` steps, after each epoch, and when SIGINT or SIGTERM arrives (after
+    An epoch sees `fraction` of the images, drawn anew each time. `batch` images make a step, whatever the number of
+    processes; the first process alone reports and writes, and all must see the same `out`. With `out`, a checkpoint is written every `every` steps, after each epoch, and when SIGINT or SIGTERM arrives (after
     the running step; then the signal takes its usual course; a second one does so at once). A later call with the same
     `out` goes on from there. The network stays on the device where it was trained.
 
@@ -120,44 +130,52 @@ def fit(
         ValueError: numbers out of range, no data, or a checkpoint that is broken or was made with other settings.
         FloatingPointError: a metric is not finite; `out/nonfinite.json` names the images of that step.
     """
-    if min(epochs, batch, every) < 1 or len(dataset) == 0:
+    if min(epochs, batch, every) < 1 or len(dataset) == 0 or not 0 < fraction <= 1:
         raise ValueError(
-            f"expected epochs, batch and every >= 1 and at least one image, got epochs={epochs}, batch={batch}, "
-            f"every={every} and {len(dataset)} images"
+            "expected epochs, batch and every >= 1, fraction in (0, 1] and at least one image, got "
+            f"epochs={epochs}, batch={batch}, every={every}, fraction={fraction} and {len(dataset)} images"
         )
     fabric = fabric_of(accelerator, precision)
-    numbers = {"images": len(dataset), "epochs": epochs, "batch": batch, "seed": seed, "precision": precision}
-    settings = {**numbers, "augment": describe(augment), **trainer.settings}
+    numbers = {"images": len(dataset), "epochs": epochs, "batch": batch, "seed": seed, "fraction": fraction}
+    settings = {**numbers, "precision": precision, "augment": describe(augment), **trainer.settings}
     folder = None if out is None else Path(out)
-    steps, entered = math.ceil(len(dataset) / batch), -1
+    seen = math.ceil(fraction * len(dataset))
+    steps, entered, stopped = math.ceil(seen / batch), -1, False
     with own_randomness(fabric.device), held_signals() as received:
         reseed(fabric.device, "setup", seed)
         trainer.setup(fabric)
         at = read_checkpoint(folder, trainer, settings) if resume else Position()
-        for epoch, step, indices in walk(at, len(dataset), epochs=epochs, batch=batch, seed=seed):
+        for epoch, step, indices in walk(at, len(dataset), seen, epochs=epochs, batch=batch, seed=seed):
             if epoch != entered:
                 trainer.epoch(epoch, steps)
                 entered = epoch
-            samples = [varied(dataset[i], augment, generator("augment", seed, epoch, i)) for i in indices]
+            mine, share = part(fabric, indices)
+            samples = [varied(dataset[i], augment, generator("augment", seed, epoch, i)) for i in mine]
             reseed(fabric.device, "step", seed, epoch, step)
-            found = trainer.step(collate(samples).to(fabric.device))
-            metrics = {name: float(value) for name, value in found.items()}
-            check_finite(metrics, folder, epoch=epoch, step=step, ids=[sample.id for sample in samples])
-            at = at.after(metrics, len(indices) / len(dataset), step + 1 == steps)
-            if report is not None:
+            found = trainer.step(collate(samples).to(fabric.device), share)
+            metrics, stopped = together(fabric, found, share, stop=bool(received))
+            if not all(math.isfinite(value) for value in metrics.values()):
+                ids = [dataset[i].id for i in indices]
+                raise FloatingPointError(nonfinite(metrics, written(fabric, folder), epoch=epoch, step=step, ids=ids))
+            at = at.after(metrics, len(indices) / seen, step + 1 == steps)
+            if report is not None and fabric.is_global_zero:
                 report(Progress(epoch, epochs, step + 1, steps, metrics))
-            if received or at.step % every == 0:
-                write_checkpoint(folder, trainer, settings, at)
-            if received:
+            stopped = stopped or (fabric.world_size == 1 and bool(received))
+            if stopped or at.step % every == 0:
+                write_checkpoint(written(fabric, folder), trainer, settings, at)
+            if stopped:
                 break
     if received:
         signal.raise_signal(received[0])
-        raise KeyboardInterrupt(f"training stopped by signal {received[0]}")
+    if received or stopped:
+        raise KeyboardInterrupt(f"training stopped by {f'signal {received[0]}' if received else 'another process'}")
     return at.history
 
 
 def fabric_of(accelerator: str, precision: str) -> "Fabric":
-    """Return what moves modules and data to one device; its import takes seconds.
+    """Return what knows devices, precision and processes: one, or those that `torchrun` started.
+
+    Its import takes seconds.
 
     Raises:
         ValueError: a precision that `fit` cannot use.
@@ -166,15 +184,96 @@ def fabric_of(accelerator: str, precision: str) -> "Fabric":
 
     if precision not in PRECISIONS:
         raise ValueError(f"expected precision to be one of {', '.join(PRECISIONS)}, got {precision!r}")
-    return Fabric(accelerator=accelerator, devices=1, precision=PRECISIONS[precision])
+    chosen, local = PRECISIONS[precision], int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    nodes = int(os.environ.get("WORLD_SIZE", 1)) // local
+    if local * nodes == 1:
+        return Fabric(accelerator=accelerator, devices=1, precision=chosen)
+    fabric = Fabric(accelerator=accelerator, strategy="ddp", devices=local, num_nodes=nodes, precision=chosen)
+    fabric.launch()
+    return fabric
 
 
-def walk(at: Position, images: int, *, epochs: int, batch: int, seed: int) -> Iterator[tuple[int, int, Sequence[int]]]:
-    """Yield epoch, step and the images of the step, from a position on; every image once an epoch."""
+def part(fabric: "Fabric", indices: Sequence[int]) -> tuple[Sequence[int], float]:
+    """Return the images of a step that this process takes, and which share of the step they are.
+
+    A process for which none is left takes the first one with a share of 0.
+    """
+    mine = indices[fabric.global_rank :: fabric.world_size]
+    return (mine, len(mine) / len(indices)) if mine else (indices[:1], 0.0)
+
+
+def written(fabric: "Fabric", folder: Path | None) -> Path | None:
+    """Return the folder in the one process that writes, None in the others."""
+    return folder if fabric.is_global_zero else None
+
+
+def together(fabric: "Fabric", found: Mapping[str, Tensor], share: float, *, stop: bool) -> tuple[Metrics, bool]:
+    """Return the means of a step's metrics over all processes, and whether any of them has to stop."""
+    values = torch.tensor([share * float(value) for value in found.values()] + [float(stop)], dtype=torch.float64)
+    *means, stops = summed(fabric, values).tolist()
+    return dict(zip(found, means, strict=True)), stops > 0
+
+
+def summed(fabric: "Fabric", values: Tensor) -> Tensor:
+    """Return the sum over all processes."""
+    if fabric.world_size == 1:
+        return values
+    total = fabric.all_reduce(values.to(fabric.device), reduce_op="sum")
+    return cast(Tensor, total).to(values.device)
+
+
+def averaged(fabric: "Fabric", value: Tensor, share: float) -> Tensor:
+    """Return the mean over the step's images of a mean over this process's, without its gradient."""
+    return summed(fabric, share * value.detach())
+
+
+def gradients(
+    fabric: "Fabric", loss: Tensor, parameters: Sequence[Tensor], share: float, *, retain: bool = False
+) -> list[Tensor]:
+    """Return the gradient of the loss's mean over the step's images in all processes.
+
+    `loss` is the mean over this process's images. What a parameter does not reach is zero. `retain` keeps the graph.
+    """
+    own = torch.autograd.grad(share * loss, parameters, retain_graph=retain, allow_unused=True, materialize_grads=True)
+    if fabric.world_size == 1:
+        return list(own)
+    total = summed(fabric, torch.cat([gradient.flatten() for gradient in own]))
+    nn.utils.vector_to_parameters(total, own)
+    return list(own)
+
+
+def update(
+    optimizer: torch.optim.Optimizer,
+    parameters: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    *,
+    clip: float | None = None,
+) -> None:
+    """Take one step of the optimizer along these gradients, whose joint norm is first cut to `clip`."""
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient
+    if clip is not None:
+        nn.utils.clip_grad_norm_(parameters, clip)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def synchronize(fabric: "Fabric", model: nn.Module) -> nn.Module:
+    """Give the batch norms of a network common statistics where several GPUs train it; in place but for their kind."""
+    if fabric.world_size == 1 or fabric.device.type != "cuda":
+        return model
+    convert: Callable[[nn.Module], nn.Module] = nn.SyncBatchNorm.convert_sync_batchnorm
+    return convert(model)
+
+
+def walk(
+    at: Position, images: int, seen: int, *, epochs: int, batch: int, seed: int
+) -> Iterator[tuple[int, int, Sequence[int]]]:
+    """Yield epoch, step and the images of the step, from a position on; `seen` of all images once an epoch."""
     for epoch in range(at.epoch, epochs):
-        order: list[int] = torch.randperm(images, generator=generator("order", seed, epoch)).tolist()
+        order: list[int] = torch.randperm(images, generator=generator("order", seed, epoch))[:seen].tolist()
         first = at.step if epoch == at.epoch else 0
-        for step in range(first, math.ceil(images / batch)):
+        for step in range(first, math.ceil(seen / batch)):
             yield epoch, step, order[step * batch : (step + 1) * batch]
 
 
@@ -238,21 +337,15 @@ def held_signals() -> Iterator[list[int]]:
         restore()
 
 
-def check_finite(metrics: Metrics, folder: Path | None, *, epoch: int, step: int, ids: Sequence[str]) -> None:
-    """Stop where a metric is NaN or infinite, and keep what led there in `nonfinite.json`.
-
-    Raises:
-        FloatingPointError: it is.
-    """
-    if all(math.isfinite(value) for value in metrics.values()):
-        return
+def nonfinite(metrics: Metrics, folder: Path | None, *, epoch: int, step: int, ids: Sequence[str]) -> str:
+    """Say that a metric is NaN or infinite, and keep what led there in `nonfinite.json`."""
     shown = {name: str(value) for name, value in metrics.items()}
     named = f"its images are {', '.join(ids[:4])}{' ...' if len(ids) > 4 else ''}"
     if folder is not None:
         table = {"epoch": epoch, "step": step, "ids": list(ids), "metrics": shown}
         named = f"its images are listed in {write_text(folder / 'nonfinite.json', json.dumps(table, indent=1))}"
     values = ", ".join(f"{name} = {value}" for name, value in shown.items())
-    raise FloatingPointError(
+    return (
         f"training is not finite at epoch {epoch}, step {step}: {values}; {named}; "
         "lower the learning rate, lengthen the warm-up, or look at these images"
     )
