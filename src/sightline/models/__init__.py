@@ -4,9 +4,7 @@
 `weights.safetensors`, `python:package.module:factory?depth=3&normalization=imagenet`.
 """
 
-import hashlib
 import inspect
-import json
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 from sightline.registry import find, unknown
 from sightline.registry import load as _load
-from sightline.runs import Choice, provenance, write_bytes, write_text
+from sightline.runs import Choice
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
 
     from sightline.classifier import Classifier
     from sightline.models._mini_resnet import MiniResNet as MiniResNet
@@ -29,6 +27,9 @@ if TYPE_CHECKING:
     from sightline.models._mini_vgg import mini_vgg as mini_vgg
     from sightline.models._mini_vit import MiniViT as MiniViT
     from sightline.models._mini_vit import mini_vit as mini_vit
+
+_SAVED = ("model", "layer", "mean", "std", "size", "classes")
+"""What the manifest of a classifier says."""
 
 EMBEDDED = Path(__file__).parents[1] / "weights" / "creatures.safetensors"
 
@@ -91,6 +92,7 @@ __all__ = [
     "Entry",
     "load",
     "save",
+    "recipe",
     "creatures",
     "MiniResNet",
     "MiniVGG",
@@ -193,12 +195,8 @@ def save(
     Raises:
         ValueError: a path that is no .safetensors, or weights that 16 bits cannot hold.
     """
-    from safetensors.torch import save as to_bytes
+    from sightline.models._files import write
 
-    target = Path(path)
-    if target.suffix != ".safetensors":
-        raise ValueError(f"expected a path that ends in .safetensors, got {target}")
-    content = to_bytes(_stored(classifier.model, half=half))
     manifest = {
         "model": model.plain(),
         "layer": classifier.layer,
@@ -206,92 +204,42 @@ def save(
         "std": classifier.std,
         "size": classifier.size,
         "classes": classifier.classes,
-        "sha256": hashlib.sha256(content).hexdigest(),
         "extra": dict(extra or {}),
-        "provenance": provenance(),
     }
-    text = json.dumps(manifest, indent=1, sort_keys=True) + "\n"
-    write_bytes(target, content)
-    write_text(target.with_suffix(".json"), text)
-    return target
+    return write(classifier.model, path, manifest, half=half)
 
 
-def _stored(model: "nn.Module", *, half: bool) -> dict[str, "Tensor"]:
-    """Return copies of the state, tied weights twice; floats in 16 bits where asked."""
-    state = {name: value.detach().cpu().contiguous().clone() for name, value in model.state_dict().items()}
-    if not half:
-        return state
-    halves = {name: value.half() if value.is_floating_point() else value for name, value in state.items()}
-    if lost := [name for name, value in halves.items() if not value.isfinite().all()]:
-        raise ValueError(f"16 bits cannot hold the values of {', '.join(lost[:4])}; save with half=False")
-    return halves
+def recipe(model: str | Choice) -> Choice:
+    """Return how to build a model's network again, without its weights: of a file what its manifest says.
+
+    Raises:
+        FileNotFoundError, ValueError: a file that is not there, or no manifest.
+    """
+    from sightline.models._files import read
+
+    given = Choice.parse(model) if isinstance(model, str) else model
+    if given.name == "creatures":
+        given = Choice(str(EMBEDDED), given.settings)
+    if given.name.endswith(".safetensors"):
+        return Choice.of(read(given.name, _SAVED, kind="classifier")[0]["model"])
+    return _untrained(given)
 
 
 def _from_file(path: Path | str, *, layer: str | None = None) -> "Classifier":
-    weights = Path(path)
-    manifest_path = weights.with_suffix(".json")
-    for file, hint in (
-        (weights, "give the path of a .safetensors file"),
-        (manifest_path, "it says which network the weights belong to; sightline.models.save writes both"),
-    ):
-        if not file.exists():
-            raise FileNotFoundError(f"no file {file}; {hint}")
-    content = weights.read_bytes()
-    manifest = _manifest(manifest_path)
-    if manifest["sha256"] != hashlib.sha256(content).hexdigest():
-        raise ValueError(f"{manifest_path} describes other weights than {weights}: the checksums differ")
+    from sightline.models._files import fill, read
+
+    manifest, content = read(path, _SAVED, kind="classifier")
     built = load(_untrained(Choice.of(manifest["model"])))
-    _fill(built.model, content, weights)
+    fill(built.model, content, path)
     h, w = manifest["size"]
     mean, std, classes = (tuple(manifest[name]) for name in ("mean", "std", "classes"))
     return replace(built, mean=mean, std=std, size=(h, w), classes=classes).at(layer or manifest["layer"])
-
-
-def _manifest(path: Path) -> dict[str, Any]:
-    """Read a manifest.
-
-    Raises:
-        ValueError: not JSON, or not what `save` writes.
-    """
-    try:
-        table: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        missing = [name for name in ("model", "layer", "mean", "std", "size", "classes", "sha256") if name not in table]
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path} is no manifest of a classifier: {error}; sightline.models.save writes one") from error
-    if missing:
-        raise ValueError(f"{path} is no manifest of a classifier: it lacks {', '.join(missing)}")
-    return table
 
 
 def _untrained(choice: Choice) -> Choice:
     """Say that a network of torchvision comes without weights: those of the file follow."""
     ours = not choice.name.startswith("torchvision:")
     return choice if ours else Choice(choice.name, {**choice.settings, "weights": "none"})
-
-
-def _fill(model: "nn.Module", content: bytes, path: Path) -> None:
-    """Copy the weights of a file into a network.
-
-    Raises:
-        ValueError: not safetensors, or tensors that are missing, unexpected or of another shape.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import load as from_bytes
-
-    try:
-        state = from_bytes(content)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is no safetensors file: {error}") from error
-    own = model.state_dict()
-    wrong = {
-        "missing": [name for name in own if name not in state],
-        "unexpected": [name for name in state if name not in own],
-        "of another shape": [name for name in own if name in state and own[name].shape != state[name].shape],
-    }
-    if any(wrong.values()):
-        told = "; ".join(f"{why}: {', '.join(names)}" for why, names in wrong.items() if names)
-        raise ValueError(f"{path} does not fit {type(model).__name__}: {told}")
-    model.load_state_dict(state)
 
 
 def _wrapped(model: "nn.Module", settings: Mapping[str, Any], default: Mapping[str, Any]) -> "Classifier":
