@@ -34,6 +34,8 @@ JUDGES = tomllib.loads((HERE / "metrics.toml").read_text(encoding="utf-8"))
 DIRECTIONS = {True: "higher is better", False: "lower is better", None: "neither higher nor lower is better"}
 SHOWN = (3, 11, 46)
 TRANSFORMER = Path("out/creatures-vit/classifier.safetensors")
+MODELS = {"cnn": "torchvision:resnet50", "transformer": "torchvision:vit_b_16", "calm": "calm.safetensors"}
+"""Kind of network -> the model of the example on a page."""
 EXAMPLES = {
     "over": Choice("over(grad_cam)", {"classes": [1, 3, 4, 5]}),
     "contrast": Choice("contrast(cam)", {"against": 0}),
@@ -54,7 +56,7 @@ def page(name: str) -> str:
     entry = METHODS.get(name) or COMBINATORS[name]
     function = METHODS[name].method if name in METHODS else COMBINATORS[name].combinator
     module = inspect.cleandoc(sys.modules[function.__module__].__doc__ or "").replace("\n", " ")
-    network = "vit_b_16" if name in METHODS and "attention" in METHODS[name].needs else "resnet50"
+    model = MODELS[kind(name)]
     needs = f"It needs: {', '.join(entry.needs)}. " if name in METHODS and entry.needs else ""
     text = TEXTS[name]
     lines = [
@@ -66,9 +68,15 @@ def page(name: str) -> str:
         f"## When to use it\n\n{text['use']}",
         f"## When not\n\n{text['avoid']}",
         f"## Definition\n\n```text\n{signature(name, function)}\n\n{inspect.getdoc(function)}\n```",
-        f"```sh\nsightline explain photo.jpg --model torchvision:{network} --method '{command(name)}'\n```",
+        f"```sh\nsightline explain photo.jpg --model {model} --method '{command(name)}'\n```",
     ]
     return "\n\n".join(lines) + "\n"
+
+
+def kind(name: str) -> str:
+    """Return which kind of network a method's picture shows."""
+    needs = METHODS[name].needs if name in METHODS else ()
+    return "transformer" if "attention" in needs else "calm" if "CALM" in needs else "cnn"
 
 
 def command(name: str) -> str:
@@ -157,8 +165,7 @@ def judge_index() -> str:
 def picture(name: str, classifiers: dict[str, Classifier]) -> bytes:
     """Return the map of each shown creature over it; the creature alone where a map says nothing."""
     method = method_of(example(name))
-    needs = METHODS[name].needs if name in METHODS else ()
-    classifier = classifiers["transformer" if "attention" in needs else "cnn"]
+    classifier = classifiers[kind(name)]
     dataset, large = creatures("test", size=64), creatures("test", size=224)
     samples = [dataset[index] for index in SHOWN]
     maps = method(classifier, torch.stack([s.image for s in samples]), torch.tensor([s.label for s in samples]))
@@ -187,7 +194,7 @@ def main() -> None:
     if "--pictures" not in sys.argv:
         return
     wanted = sys.argv[sys.argv.index("--pictures") + 1 :] or names
-    classifiers = {"cnn": load("creatures")}
+    classifiers = {"cnn": load("creatures"), "calm": load("creatures_calm")}
     if TRANSFORMER.exists():
         classifiers["transformer"] = load(str(TRANSFORMER))
     for name in wanted:

@@ -29,13 +29,22 @@ ALLOWED = {
     "images": {"types", "registry"},
     "viz": {"types", "maps", "registry"},
     "settings": {"classifier", "erase", "methods", "registry", "runs"},
-    "methods": CORE | {"layers"},
+    "methods": CORE | {"layers", "supersets", "explainers"},
     "metrics": CORE | {"data"},
     "models": {"types", "hooks", "classifier", "registry", "runs"},
     "datasets": {"types", "data", "images", "registry"},
     "training": {"data", "runs"},
-    "classifier_training": {"types", "hooks", "classifier", "data", "registry", "training"},
-    "protocols": CORE | {"data", "metrics", "methods", "evaluation", "runs"},
+    "classifier_training": {"types", "hooks", "classifier", "data", "registry", "training", "wsol_training"},
+    "recipes": {"registry", "runs"},
+    "wsol_training": {"types", "hooks", "classifier", "registry", "runs"},
+    "supersets": {"registry", "runs"},
+    "explainers": CORE | {"layers", "data", "runs", "models", "training", "classifier_training"},
+    "learning": {
+        *("classifier", "data", "evaluation", "explainers", "methods", "metrics", "models", "recipes", "registry"),
+        *("running", "runs", "settings", "training", "classifier_training"),
+    },
+    "study": {"learning", "recipes", "registry", "running", "runs", "training"},
+    "protocols": CORE | {"data", "metrics", "methods", "evaluation", "runs", "supersets"},
     "interchange": {"types", "classifier", "images", "maps", "registry", "runs", "viz"},
     "accumulate": {"metrics"},
     "evaluation": {"types", "classifier", "maps", "data", "metrics", "accumulate", "runs"},
@@ -46,11 +55,18 @@ ALLOWED = {
         *(CORE | CATALOGUES),
         *("data", "images", "viz", "interchange", "evaluation", "explanation", "runs", "settings"),
     },
+    "gallery": {
+        *("types", "classifier", "data", "erase", "maps", "registry", "settings", "viz"),
+        *("evaluation", "explanation", "metrics", "protocols"),
+    },
     "table": {"runs", "methods"},
     "report": {"methods", "metrics", "protocols", "runs", "table"},
     "cli": {
-        *(CATALOGUES | {"classifier", "registry", "data", "images", "viz", "explanation", "running"}),
-        *("runs", "settings", "table", "report", "training", "classifier_training", "memory"),
+        *(
+            CATALOGUES
+            | {"classifier", "registry", "data", "erase", "images", "viz", "explanation", "gallery", "running"}
+        ),
+        *("runs", "settings", "table", "report", "learning", "recipes", "study", "training", "memory"),
     },
     "__main__": {"cli"},
     "__init__": {"classifier", "evaluation", "explanation", "running", "runs"},
@@ -62,7 +78,7 @@ HOMES = {
     "timm": {"models", "datasets", "images"},
     "transformers": {"models", "datasets", "images"},
     "torchmetrics": {"accumulate"},
-    "lightning_fabric": {"training", "classifier_training"},
+    "lightning_fabric": {"training", "classifier_training", "explainers"},
     "matplotlib": {"viz"},
     "captum": {"methods"},
     "pycocotools": {"datasets", "interchange"},
@@ -77,6 +93,8 @@ CLICK = {"list_commands", "get_command"}
 """Methods that click calls by these names."""
 
 WITHOUT_TORCH = (
+    "recipes",
+    "supersets",
     "registry",
     "runs",
     "table",
@@ -169,7 +187,7 @@ def test_methods_and_metrics_do_not_know_each_other_and_nobody_knows_the_command
     assert "methods" not in ALLOWED["metrics"]
     assert [unit for unit, targets in ALLOWED.items() if "cli" in targets] == ["__main__"]
     knowing = {unit for unit, targets in ALLOWED.items() if len(targets & CATALOGUES) > 1}
-    assert knowing == {"protocols", "explanation", "running", "report", "cli"}
+    assert knowing == {"protocols", "explanation", "gallery", "learning", "running", "report", "cli"}
 
 
 def test_the_package_imports_by_absolute_names():

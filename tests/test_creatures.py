@@ -99,6 +99,9 @@ def test_the_interface():
         ({"count": -1}, ValueError, "zero or more, got count=-1"),
         ({"seed": -1}, ValueError, "zero or more.*seed=-1"),
         ({"rho": 1.5}, ValueError, r"rate in \[0, 1\], got 1.5"),
+        ({"only": []}, ValueError, r"different classes from 0 to 19, got \[\]"),
+        ({"only": [3, 20]}, ValueError, r"different classes from 0 to 19, got \[3, 20\]"),
+        ({"only": [3, 3]}, ValueError, r"different classes from 0 to 19, got \[3, 3\]"),
     ],
 )
 def test_wrong_arguments_are_told(settings, kind, message):
@@ -338,6 +341,21 @@ def test_scenes_show_several_classes_that_hide_each_other():
             assert 0.6 * actor.area <= seen <= actor.area
             hidden += seen < 0.85 * actor.area
     assert hidden > 3
+
+
+@pytest.mark.parametrize("variant", ["plain", "scenes", "context"])
+def test_only_some_classes_are_drawn_and_keep_their_numbers(variant):
+    dataset = creatures(variant=variant, only=[12, 3])
+    samples = [dataset[index] for index in range(12)]
+    assert {label for sample in samples for label in sample.box_labels.tolist()} == {12, 3}
+    assert len(dataset.classes) == 20
+    if variant != "scenes":
+        assert [sample.label for sample in samples[:4]] == [12, 3, 12, 3]
+    assert samples[0].id.endswith(f"-c{samples[0].label}")
+
+
+def test_all_classes_in_order_are_no_choice():
+    assert same(creatures(variant="scenes", only=range(20))[5], creatures(variant="scenes")[5])
 
 
 def test_small_creatures_cover_five_to_ten_percent():

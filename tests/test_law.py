@@ -12,20 +12,32 @@ import torch
 from torch import nn
 
 from sightline.classifier import Classifier, check_labels, wrap
+from sightline.explainers import surgery
 from sightline.methods import METHODS, Entry
 from sightline.models import MiniResNet
 
 LACKS = {
-    "pooled": {"attention"},
-    "curved": {"attention", "linear head", "plain CNN", "convolutions"},
-    "mini": {"attention"},
+    "pooled": {"attention", "CALM"},
+    "curved": {"attention", "CALM", "linear head", "plain CNN", "convolutions"},
+    "mini": {"attention", "CALM"},
 }
 """Network -> what it does not offer."""
+
+SPECIAL = {"attention": "tokens", "CALM": "latent"}
+"""What few networks offer -> one that does."""
+
+IMAGES_ALONE = {"casm"}
+"""Methods that look at the images alone, and yet are no controls."""
+
+
+def special(entry):
+    return next((network for need, network in SPECIAL.items() if need in entry.needs), None)
+
 
 METHOD_AND_NETWORK = [
     (name, network)
     for name, entry in METHODS.items()
-    for network in (["tokens"] if "attention" in entry.needs else LACKS)
+    for network in ([special(entry)] if special(entry) else LACKS)
     if not LACKS.get(network, set()) & {*entry.needs}
 ]
 
@@ -58,7 +70,17 @@ def y():
 @pytest.fixture
 def fitting(request, name):
     """A small network that offers what the method needs."""
-    return request.getfixturevalue("tokens" if "attention" in METHODS[name].needs else "pooled")
+    return request.getfixturevalue(special(METHODS[name]) or "pooled")
+
+
+@pytest.fixture
+def latent(pooled):
+    return surgery(pooled, seed=3)
+
+
+def body(classifier):
+    """The network that runs, of a CALM its trunk."""
+    return getattr(classifier.model, "trunk", classifier.model)
 
 
 def quick(name):
@@ -96,7 +118,7 @@ def test_no_trace_is_left(name, classifier, x, y, trace, plain):
     parameters = list(model.parameters())
     parameters[0].requires_grad_(False)
     parameters[1].grad = torch.ones_like(parameters[1])
-    model.head.register_forward_hook(lambda *_: None)
+    body(classifier).head.register_forward_hook(lambda *_: None)
     changed = trace(model, x, y)
     quick(name)(classifier, x, y)
     assert changed() == []
@@ -132,6 +154,7 @@ FAILURES = [
     for name, entry in METHODS.items()
     for fuse, backward in ((0, False), (1, False), (0, True))
     if not entry.control
+    and name not in IMAGES_ALONE
     and (fuse == 0 or name in ("score_cam", "ablation_cam", "opti_cam"))
     and (not backward or "gradients" in entry.needs)
 ]
@@ -139,7 +162,7 @@ FAILURES = [
 
 @pytest.mark.parametrize(("name", "fuse", "backward"), FAILURES)
 def test_no_trace_is_left_after_an_error_in_the_network(name, fuse, backward, fitting, x, y, trace, plain):
-    fitting.model.drop = Bomb(fuse, backward)
+    body(fitting).drop = Bomb(fuse, backward)
     fitting.model.train()
     changed = trace(fitting.model, x, y)
     with pytest.raises(Bomb.Error):
@@ -263,9 +286,10 @@ def test_the_sign_is_what_the_entry_says(name, classifier, x):
 
 @every_method
 def test_controls_know_nothing_of_the_classifier_and_all_others_do(name, fitting, x, y, seeded):
-    other = replace(fitting, model=seeded(type(fitting.model), seed=9))
+    other = replace(fitting, model=seeded(type(body(fitting)), seed=9))
+    other = surgery(replace(other, layer="last")) if body(fitting) is not fitting.model else other
     equal = torch.equal(quick(name)(fitting, x, y), quick(name)(other, x, y))
-    assert equal == METHODS[name].control
+    assert equal == (METHODS[name].control or name in IMAGES_ALONE)
     assert not (METHODS[name].control and (METHODS[name].class_specific or METHODS[name].needs))
 
 
@@ -281,7 +305,7 @@ class Detached(nn.Module):
         return self.inner(x)
 
 
-@every_method
+@pytest.mark.parametrize("name", [name for name, entry in METHODS.items() if "CALM" not in entry.needs])
 def test_gradients_are_needed_where_the_entry_says_so(name, fitting, x, y, trace, plain):
     blind = replace(fitting, model=Detached(fitting.model), layer=f"inner.{fitting.layer}")
     changed = trace(blind.model, x, y)
@@ -296,6 +320,7 @@ def test_gradients_are_needed_where_the_entry_says_so(name, fitting, x, y, trace
 COSTS = {
     "none": lambda images, channels: 0,
     "1 forward": lambda images, channels: images,
+    "1 forward of its own network": lambda images, channels: 0,
     "1 forward, 1 backward": lambda images, channels: images,
     "1 forward a channel": lambda images, channels: images * (1 + channels),
     "100 forwards, 100 backwards": lambda images, channels: images * 101,
@@ -318,7 +343,7 @@ COSTS = {
 @every_method
 def test_the_cost_is_what_the_entry_says(name, fitting, x, y):
     passes = []
-    fitting.model.register_forward_pre_hook(lambda _, args: passes.append(len(args[0])))
+    body(fitting).register_forward_pre_hook(lambda _, args: passes.append(len(args[0])))
     METHODS[name](fitting, x, y)
     if METHODS[name].cost == "1 forward, the head once a channel":
         heads = []

@@ -77,7 +77,7 @@ def test_both_heads_are_one_function(x):
 def test_wrong_parts_of_the_small_networks():
     with pytest.raises(ValueError, match="expected last_stride 1 or 2, got 4"):
         MiniResNet(last_stride=4)
-    with pytest.raises(ValueError, match="expected head 'linear' or 'conv', got 'calm'"):
+    with pytest.raises(ValueError, match="expected head 'linear', 'conv' or 'flat', got 'calm'"):
         models.load("mini_resnet?head=calm")
     with pytest.raises(ValueError, match=r"four widths, one a stage, got \(8, 8\)"):
         MiniResNet(widths=(8, 8))
@@ -392,8 +392,27 @@ def test_the_embedded_default_is_what_it_says():
     assert models.EMBEDDED.stat().st_size < 1.6e6
 
 
+def test_a_flat_head_knows_left_from_right_and_a_pooled_one_does_not():
+    x = torch.zeros(1, 3, 64, 64)
+    x[..., 16:48, 16:32] = torch.rand(3, 32, 16, generator=torch.Generator().manual_seed(0))
+    difference = {}
+    for head in ("flat", "linear"):
+        classifier = models.load(f"mini_resnet?head={head}&classes=4")
+        logits = classifier(torch.cat([x, x.roll(16, 3)]))
+        difference[head] = float((logits[0] - logits[1]).abs().max() / logits.abs().max())
+    assert difference["flat"] > 0.2 > difference["linear"]
+
+
+@pytest.mark.parametrize(("size", "stride", "cells"), [(64, 2, 16), (96, 1, 144), (72, 2, 25)])
+def test_a_flat_head_reads_every_cell(size, stride, cells):
+    classifier = models.load(f"mini_resnet?head=flat&size={size}&last_stride={stride}&classes=4")
+    assert classifier.model.head.in_features == 256 * cells
+    assert classifier(torch.rand(1, 3, size, size)).shape == (1, 4)
+
+
 def test_the_catalogue_names_what_it_builds():
-    assert list(MODELS) == ["creatures", "mini_resnet", "mini_vgg", "mini_vit", "none"]
+    gap = ["resnet50_gap", "vgg16_gap", "inception_v3_gap"]
+    assert list(MODELS) == ["creatures", "creatures_calm", "mini_resnet", "mini_vgg", "mini_vit", *gap, "calm", "none"]
     assert all(entry.summary for entry in MODELS.values())
     assert isinstance(MODELS["mini_vit"](depth=1).model, MiniViT)
     assert set(models.__all__) <= set(dir(models))

@@ -120,7 +120,8 @@ def test_arguments_are_recorded_with_their_defaults():
     assert metrics["insertion(steps=4)"].items() >= {
         "steps": 4, "erase": "rise", "ties": "row_major", "score": "probability", "scored": "predicted", "seed": 0,
     }.items()  # fmt: skip
-    assert data == {"split": "test", "count": 5, "size": 64, "variant": "plain", "seed": 0, "rho": 0.95}
+    drawn = {"split": "test", "count": 5, "size": 64, "variant": "plain", "seed": 0, "rho": 0.95, "only": None}
+    assert data == drawn
     assert made.arguments["model"] == {"layer": "layer3", "mean": [0.5], "std": [0.25], "size": [64, 64]}
     assert describe(made.arguments) == made.arguments
 

@@ -76,6 +76,11 @@ METHODS = {
     "rollout": "(classifier, x, y=None, /, *, fusion='mean', discard=0.0, start=0)",
     "transformer_attribution": "(classifier, x, y=None, /, *, score=logit)",
     "generic_attention": "(classifier, x, y=None, /, *, score=logit)",
+    "calm_attribution": "(classifier, x, y=None, /)",
+    "calm_saliency": "(classifier, x, y=None, /)",
+    "calm_class_given_location": "(classifier, x, y=None, /)",
+    "calm_location_given_class": "(classifier, x, y=None, /)",
+    "casm": "(classifier, x, y=None, /, *, weights='creatures')",
     "fake_cam": "(classifier, x, y=None, /)",
     "center": "(classifier, x, y=None, /, *, sigma=0.25)",
     "random": "(classifier, x, y=None, /, *, cells=7, seed=0)",
@@ -108,6 +113,7 @@ METRICS = {
     "deletion": "(*, steps=224, erase='mean', ties='row_major', score=probability, scored='predicted', seed=0, "
     "chunk=64)",
     "mass": "(*, on='object', radius=0.06696428571428571)",
+    "coverage": "(*, instance=None, normalize=True)",
     "minimality": "(*, level=0.9, steps=100, erase='blur', score=probability, scored='label', chunk=64)",
     "representativeness": "(*, steps=20, smooth=10.0, erase='blur', score=probability, scored='label', chunk=64)",
     "localization_error": "(*, rule='matched_area', alpha=1.0, iou=0.5, strict=True, area='unclipped', normalize=True)",
@@ -154,6 +160,8 @@ PROTOCOLS = {
     "cue_localization": "(method, classifier, samples, *, masks='auto', pairs=None, distances=(1, 2, 3), limit=None, "
     "mapping='substring', segmentation=True, normalize='max', rescale='none', blur=0.0, bins=0, spacing='linear', "
     "drop_below=0.0, reset=True, batch=16)",
+    "superset_depth": "(method, classifier, samples, *, hierarchy, nodes=None, "
+    "measure='max_box_accuracy_v2', normalize='none', batch=16)",
     "part_ratio": "(method, classifier, samples, *, numerator, denominator, names=None, groups=None, window=5, "
     "least=11, of='saliency', as_mask=False, batch=16)",
     "randomization": "(method, classifier, samples, *, mode='cascading', stages=5, scored='label', seed=0, batch=16)",
@@ -166,7 +174,7 @@ PROTOCOLS = {
 }
 
 DATASETS = {
-    "creatures": "(split='test', *, count=None, size=64, variant='plain', seed=0, rho=0.95)",
+    "creatures": "(split='test', *, count=None, size=64, variant='plain', seed=0, rho=0.95, only=None)",
     "folder": "(root, *, size=224, resize='direct', labels=True, count=None, check='decode')",
     "mnist": "(root, split='test', *, size=28, count=None)",
     "cub_crops": "(root, split='test', *, classes=None, size=224, resize='direct', count=None, check='decode')",
@@ -245,6 +253,20 @@ FUNCTIONS = {
         "filler": "(x, choice, mean)",
         "mix": "(x, mask, erase)",
     },
+    "explainers": {
+        "Casm.mask": "(self, x)",
+        "casm": "(classifier, x, y=None, /, *, weights='creatures')",
+        "save_casm": "(mapping, path, *, encoder, extra=None, half=False)",
+        "load_casm": "(path)",
+        "train_casm": "(classifier, dataset, config, *, seed=0, out=None, every=200, resume=True, report=None, "
+        "accelerator='auto')",
+        "calm": "(backbone='mini_resnet', *, finer=0, activation='softplus', detach=False, size=None, seed=0)",
+        "surgery": "(classifier, *, finer=0, activation='softplus', detach=False, seed=0)",
+        "finer": "(classifier, stages)",
+        "train_calm": "(classifier, dataset, config, *, seed=0, out=None, every=200, resume=True, report=None, "
+        "accelerator='auto')",
+        "search": "(run, *, trials=30, low=1e-05, high=0.1, seed=0, out=None)",
+    },
     "metrics": METRICS,
     "protocols": {"fit_discs": "(samples)", **PROTOCOLS},
     "datasets": DATASETS,
@@ -264,22 +286,66 @@ FUNCTIONS = {
         "of_captum": "(attribute, *, reduce='sum')",
         "for_quantus": "(method)",
     },
+    "supersets": {
+        "partition": "(hierarchy, listed, classes)",
+        "imagenet": "(is_a, wnids)",
+        "levels": "(hierarchy, classes)",
+        "members": "(name, classes, count=None)",
+        "hierarchy_of": "(given, classes)",
+    },
+    "learning": {
+        "learn": "(kind, recipe, out, *, fresh=True, report=None)",
+        "configured": "(kind, recipe)",
+    },
+    "study": {
+        "conduct": "(study, out, *, seeds=None, told=None)",
+        "markdown": "(study, runs)",
+        "record": "(study, runs, out)",
+    },
+    "training": {
+        "fit": "(trainer, dataset, *, epochs, batch, seed=0, out=None, every=200, augment=None, resume=True, "
+        "report=None, precision='32-true', accelerator='auto', fraction=1.0)",
+        "gradients": "(fabric, loss, parameters, share, *, retain=False)",
+        "update": "(optimizer, parameters, gradients, *, clip=None)",
+        "averaged": "(fabric, value, share)",
+        "remember": "(dataset, *, most=4294967296)",
+        "logged": "(folder, kind)",
+    },
+    "models": {
+        "load": "(model)",
+        "save": "(classifier, path, *, model, extra=None, half=False)",
+        "recipe": "(model)",
+    },
     "data": {"collate": "(samples)", "batches": "(dataset, size, indices=None)"},
 }
+
+GAP = ("resnet50_gap", "vgg16_gap", "inception_v3_gap")
 
 NAMES = {
     "methods.METHODS": list(METHODS),
     "methods.COMBINATORS": list(COMBINATORS),
     "metrics.METRICS": list(METRICS),
     "protocols.PROTOCOLS": list(PROTOCOLS),
-    "models.MODELS": ["creatures", "mini_resnet", "mini_vgg", "mini_vit", "none"],
+    "models.MODELS": ["creatures", "creatures_calm", "mini_resnet", "mini_vgg", "mini_vit", *GAP, "calm", "none"],
     "datasets.DATASETS": list(DATASETS),
     "erase.ERASERS": ["black", "blur", "noise", "telea", "noisy_linear"],
     "classifier.SCORES": ["logit", "log_probability", "probability", "sigmoid"],
 }
 
 MODULES = ["classifier", "data", "datasets", "erase", "images", "interchange", "maps", "methods", "metrics", "models"]
-MODULES += ["protocols", "report", "runs", "training", "viz"]
+MODULES += [
+    "explainers",
+    "gallery",
+    "learning",
+    "protocols",
+    "recipes",
+    "report",
+    "runs",
+    "study",
+    "supersets",
+    "training",
+    "viz",
+]
 
 
 WORDS = (FunctionType, partial)
@@ -334,7 +400,7 @@ def test_the_names_of_the_catalogues(catalogue):
 
 
 def test_modules_are_attributes_and_unknown_names_are_none():
-    assert sorted({*dir(sightline)} - {*sightline.__all__}) == MODULES
+    assert sorted({*dir(sightline)} - {*sightline.__all__}) == sorted(MODULES)
     assert all(getattr(sightline, name).__name__ == f"sightline.{name}" for name in MODULES)
     with pytest.raises(AttributeError, match="module 'sightline' has no attribute 'explian'"):
         _ = sightline.explian

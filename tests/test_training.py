@@ -1,6 +1,7 @@
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,11 +18,13 @@ from torch import nn
 from sightline.classifier import wrap
 from sightline.classifier_training import (
     AUGMENTATIONS,
+    RULES,
     ClassifierConfig,
     ClassifierTrainer,
     Permuted,
     accuracy,
     augmentation,
+    expect,
     head_name,
     learning_rate,
     replace_head,
@@ -443,9 +446,16 @@ def test_steps_constants_and_the_second_stage_by_hand():
     [
         ({"optimizer": "adam"}, ValueError, "expected optimizer to be one of sgd, adamw, got 'adam'"),
         ({"schedule": "linear"}, ValueError, "expected schedule to be one of cosine, step, constant"),
-        ({"epochs": 0}, ValueError, "expected epochs, batch, decay_every >= 1"),
-        ({"label_smoothing": 1.0}, ValueError, r"label_smoothing in \[0, 1\)"),
-        ({"freeze_epochs": 30}, ValueError, r"expected freeze_epochs in 0\.\.epochs"),
+        ({"epochs": 0}, ValueError, "^expected epochs >= 1, got epochs=0$"),
+        ({"lr": -1.0}, ValueError, "^expected lr > 0, got lr=-1.0$"),
+        ({"lr_all": 0.0, "freeze_epochs": 1}, ValueError, "^expected lr_all > 0, got lr_all=0.0$"),
+        ({"warmup": -1.0}, ValueError, "^expected warmup >= 0, got warmup=-1.0$"),
+        ({"label_smoothing": 1.0}, ValueError, r"^expected label_smoothing in \[0, 1\), got label_smoothing=1.0$"),
+        (
+            {"freeze_epochs": 30},
+            ValueError,
+            r"expected freeze_epochs in 0\.\.epochs, got freeze_epochs=30 of epochs=20",
+        ),
         ({"lr_all": 0.1}, ValueError, "need freeze_epochs >= 1"),
         ({"augment": "flipp"}, LookupError, "no augmentation called 'flipp'; did you mean flip"),
     ],
@@ -581,3 +591,65 @@ def test_permute_is_a_setting_of_the_command_line():
     assert bind(ClassifierConfig, pairs(("lr=0.1",)))().permute is None
     with pytest.raises(TypeError, match="permute: expected int or None, got 'yes'"):
         bind(ClassifierConfig, pairs(("permute=yes",)))
+
+
+def test_zoom_and_resized_crop_take_their_share_of_the_area():
+    rows, columns = torch.meshgrid(torch.arange(80) / 79, torch.arange(120) / 119, indexing="ij")
+    image = torch.stack([rows, columns, torch.zeros(80, 120)])
+    for name, smallest in (("zoom", 0.35), ("resized_crop", 0.08)):
+        sides = []
+        for n in range(300):
+            found = AUGMENTATIONS[name](image, torch.Generator().manual_seed(n))
+            height = float(found[0, 60, 60] - found[0, 20, 60]) / 40 * 79
+            width = float(found[1, 40, 90] - found[1, 40, 30]) / 60 * 119
+            sides.append((height, width))
+        areas = [height * width for height, width in sides]
+        assert smallest - 0.01 < min(areas) < smallest + 0.05
+        assert max(areas) <= 1.001
+        inside = [width / height for height, width in sides if max(height, width) < 0.99]
+        assert 0.72 < min(inside) < 0.78
+        assert 1.28 < max(inside) < 1.38
+        assert sum(areas) / 300 == pytest.approx((1 + smallest) / 2, abs=0.05)
+    whole = torch.rand(3, 2, 2)
+    assert AUGMENTATIONS["resized_crop"](whole, torch.Generator().manual_seed(1)).shape == (3, 2, 2)
+
+
+def test_the_right_half_becomes_noise():
+    image = torch.rand(3, 6, 8, generator=torch.Generator().manual_seed(0))
+    found = [AUGMENTATIONS["left_half"](image, torch.Generator().manual_seed(n)) for n in (1, 1, 2)]
+    assert all(torch.equal(one[..., :4], image[..., :4]) for one in found)
+    assert torch.equal(found[0], found[1])
+    assert float((found[0][..., 4:] - found[2][..., 4:]).abs().min()) > 0
+    assert float((found[0][..., 4:] - image[..., 4:]).abs().min()) > 0
+    assert found[0].min() >= 0
+    assert found[0].max() <= 1
+
+
+def test_rules_are_what_they_read_and_none_keeps_them_all():
+    from types import SimpleNamespace
+
+    kept = {
+        ">= 1": [1, 2],
+        ">= 0": [0, 1],
+        "> 0": [0.1, 5],
+        "in [0, 1]": [0, 0.5, 1],
+        "in [0, 1)": [0, 0.5],
+        "in (0, 1]": [0.5, 1],
+        "in (0, 1)": [0.5],
+    }
+    broken = {
+        ">= 1": [0, 0.9],
+        ">= 0": [-0.1],
+        "> 0": [0, -1],
+        "in [0, 1]": [-0.1, 1.1],
+        "in [0, 1)": [-0.1, 1],
+        "in (0, 1]": [0, 1.1],
+        "in (0, 1)": [0, 1],
+    }
+    assert kept.keys() == broken.keys() == RULES.keys()
+    for rule in RULES:
+        for value in (*kept[rule], None):
+            expect(SimpleNamespace(a=0.5, b=value), rule, "b")
+        for value in (*broken[rule], math.nan):
+            with pytest.raises(ValueError, match=f"^{re.escape(f'expected b {rule}, got b={value}')}$"):
+                expect(SimpleNamespace(a=kept[rule][0], b=value), rule, "a", "b")

@@ -23,9 +23,23 @@ _PUBLIC = {
     "Spec": "sightline.runs",
     "Run": "sightline.runs",
 }
-_CATALOGUES = ("datasets", "methods", "metrics", "models", "protocols")
+_CATALOGUES = ("datasets", "explainers", "methods", "metrics", "models", "protocols")
 _MODULES = (
-    *("classifier", "data", "erase", "images", "interchange", "maps", "report", "runs", "training", "viz"),
+    *(
+        "classifier",
+        "data",
+        "erase",
+        "gallery",
+        "images",
+        "interchange",
+        "learning",
+        "maps",
+        "recipes",
+        "report",
+        "runs",
+        "study",
+    ),
+    *("supersets", "training", "viz"),
     *_CATALOGUES,
 )
 

@@ -7,7 +7,7 @@ The two stages of the medical experiments of Opti-CAM (Zhang et al., CVIU 2024),
 import copy
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -23,6 +23,8 @@ from sightline.data import Batch, Indexed, Sample, batches
 from sightline.hooks import submodule
 from sightline.registry import unknown
 from sightline.training import Augment, Metrics, Progress, fit, generator, gradients, synchronize, update
+from sightline.types import Labels, Logits
+from sightline.wsol_training import Part, regularizer, weighted
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -35,13 +37,17 @@ class ClassifierConfig:
     During the first `freeze_epochs` epochs the layers whose names begin with a name in `freeze` (by default all but
     the head) stay as they are, batch-norm statistics included; then everything learns at `lr_all` (by default `lr`),
     with a schedule of its own. `warmup` is in epochs; `step` multiplies by `decay` every `decay_every` epochs.
-    `augment` is "none" or names of `AUGMENTATIONS` joined by "+", applied in that order. `permute` is the seed of a
-    permutation that gives every image the label of another one, for good: nothing can be learned but the images by
-    heart (Adebayo et al., NeurIPS 2018; see `Permuted`).
+    `augment` is "none" or names of `AUGMENTATIONS` joined by "+", applied in that order. `regularizer` is "none" or one
+    of "has", "cutmix" and "adl", with settings where wanted: "has?grid=7&drop=0.3" (see `wsol_training`); the accuracy
+    is on what the network then sees, and counts each of an image's labels by its share. Under several processes "has"
+    and "adl" draw what one process would, "cutmix" the same boxes but partners inside of each process. `permute` is the
+    seed of a permutation that gives every image the label of another one, for good: nothing can be learned but the
+    images by heart (Adebayo et al., NeurIPS 2018; see `Permuted`).
 
     Raises:
         ValueError: numbers out of range, or settings of a first stage that has no epochs.
-        LookupError: an unknown augmentation.
+        LookupError: an unknown augmentation, regularizer or setting of one.
+        TypeError: a setting of a regularizer that is of another kind.
     """
 
     epochs: int = 20
@@ -59,20 +65,59 @@ class ClassifierConfig:
     freeze: tuple[str, ...] = ()
     freeze_epochs: int = 0
     augment: str = "flip+crop"
+    regularizer: str = "none"
     precision: str = "32-true"
     permute: int | None = None
 
     def __post_init__(self) -> None:
         augmentation(self.augment)
-        for name, known in (("optimizer", ("sgd", "adamw")), ("schedule", ("cosine", "step", "constant"))):
-            if getattr(self, name) not in known:
-                raise ValueError(f"expected {name} to be one of {', '.join(known)}, got {getattr(self, name)!r}")
-        if min(self.epochs, self.batch, self.decay_every) < 1 or self.lr <= 0 or not 0 <= self.label_smoothing < 1:
-            raise ValueError(f"expected epochs, batch, decay_every >= 1, lr > 0, label_smoothing in [0, 1), got {self}")
-        if not 0 <= self.freeze_epochs <= self.epochs or min(self.warmup, self.weight_decay, self.momentum) < 0:
-            raise ValueError(f"expected freeze_epochs in 0..epochs and no negative number, got {self}")
+        regularizer(self.regularizer)
+        expect_choice(self, {"optimizer": ("sgd", "adamw"), "schedule": ("cosine", "step", "constant")})
+        expect(self, ">= 1", "epochs", "batch", "decay_every")
+        expect(self, "> 0", "lr", "lr_all", "decay")
+        expect(self, ">= 0", "warmup", "weight_decay", "momentum")
+        expect(self, "in [0, 1)", "label_smoothing")
+        if not 0 <= self.freeze_epochs <= self.epochs:
+            raise ValueError(
+                f"expected freeze_epochs in 0..epochs, got freeze_epochs={self.freeze_epochs} of epochs={self.epochs}"
+            )
         if self.freeze_epochs == 0 and (self.freeze or self.lr_all is not None):
             raise ValueError("freeze and lr_all need freeze_epochs >= 1: the epochs of the first stage")
+
+
+RULES: Mapping[str, Callable[[float], bool]] = {
+    ">= 1": lambda value: value >= 1,
+    ">= 0": lambda value: value >= 0,
+    "> 0": lambda value: value > 0,
+    "in [0, 1]": lambda value: 0 <= value <= 1,
+    "in [0, 1)": lambda value: 0 <= value < 1,
+    "in (0, 1]": lambda value: 0 < value <= 1,
+    "in (0, 1)": lambda value: 0 < value < 1,
+}
+"""What a configuration may ask of a number."""
+
+
+def expect(config: object, rule: str, *names: str) -> None:
+    """Check that entries of a configuration keep a rule of `RULES`; None keeps every rule.
+
+    Raises:
+        ValueError: one does not; it is named with its value.
+    """
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not RULES[rule](value):
+            raise ValueError(f"expected {name} {rule}, got {name}={value}")
+
+
+def expect_choice(config: object, choices: Mapping[str, Sequence[str]]) -> None:
+    """Check that entries of a configuration are among their choices.
+
+    Raises:
+        ValueError: one is not; it is named with its value and the choices.
+    """
+    for name, known in choices.items():
+        if getattr(config, name) not in known:
+            raise ValueError(f"expected {name} to be one of {', '.join(known)}, got {getattr(config, name)!r}")
 
 
 def train(
@@ -151,7 +196,7 @@ class ClassifierTrainer:
 
     def __init__(self, classifier: Classifier, config: ClassifierConfig) -> None:
         model = classifier.model
-        self.classifier, self.config = classifier, config
+        self.classifier, self.config, self.regularizer = classifier, config, regularizer(config.regularizer)
         self.learning = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
         self.kept = frozen_names(model, config.freeze) if config.freeze_epochs else frozenset[str]()
         self.steps, self.done = 1, 0
@@ -183,20 +228,19 @@ class ClassifierTrainer:
 
     def step(self, batch: Batch, share: float) -> dict[str, Tensor]:
         """Take one optimizer step; return loss and accuracy of the batch."""
-        if batch.y is None:
-            missing = [sample.id for sample in batch.samples if sample.label is None]
-            raise ValueError(f"training a classifier needs a label for every image; {missing[0]!r} has none")
+        x, y = self.classifier.normalize(batch.x), labels(batch, "training a classifier")
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.config, self.done, self.steps)
-        with self.fabric.autocast():
-            logits = read_logits(self.network(self.classifier.normalize(batch.x))).to(batch.x.dtype)
+        part = Part(self.fabric.global_rank, self.fabric.world_size)
+        with self.regularizer(self.classifier, x, y, part=part) as (seen, learned), self.fabric.autocast():
+            logits = read_logits(self.network(seen)).to(x.dtype)
         logits = torch.cat([torch.zeros_like(logits), logits], 1) if logits.shape[1] == 1 else logits
-        y = check_labels(logits, batch.y)
-        loss = F.cross_entropy(logits, y, label_smoothing=self.config.label_smoothing)
+        targets = [(weight, check_labels(logits, label)) for weight, label in learned]
+        loss = weighted(targets, lambda y: F.cross_entropy(logits, y, label_smoothing=self.config.label_smoothing))
         learning = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
         update(self.optimizer, learning, gradients(self.fabric, loss, learning, share))
         self.done += 1
-        return {"loss": loss.detach(), "accuracy": (logits.argmax(1) == y).float().mean()}
+        return {"loss": loss.detach(), "accuracy": weighted(targets, lambda y: hits(logits, y))}
 
     def state_dict(self) -> dict[str, Any]:
         """Return copies: what `nn.Module.state_dict` returns are the live weights."""
@@ -208,6 +252,23 @@ class ClassifierTrainer:
         self.classifier.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.done = int(state["done"])
+
+
+def labels(batch: Batch, what: str) -> Labels:
+    """Return the labels of a batch; `what` needs them.
+
+    Raises:
+        ValueError: an image has none.
+    """
+    if batch.y is None:
+        missing = [sample.id for sample in batch.samples if sample.label is None]
+        raise ValueError(f"{what} needs a label for every image; {missing[0]!r} has none")
+    return batch.y
+
+
+def hits(logits: Logits, y: Labels) -> Tensor:
+    """Return the share of images whose largest logit is that of their label."""
+    return (logits.argmax(1) == y).float().mean()
 
 
 def learning_rate(config: ClassifierConfig, step: int, steps: int) -> float:
@@ -307,10 +368,9 @@ def accuracy(classifier: Classifier, dataset: Indexed[Sample], *, batch: int = 6
         raise ValueError("accuracy needs at least one image, got none")
     right = 0
     for part in batches(dataset, batch):
-        if part.y is None:
-            raise ValueError(f"accuracy needs a label for every image; one of {', '.join(part.ids[:4])} ... has none")
+        y = labels(part, "accuracy")
         with torch.no_grad():
-            right += int((classifier(part.x.to(classifier.device)).argmax(1).cpu() == part.y).sum())
+            right += int((classifier(part.x.to(classifier.device)).argmax(1).cpu() == y).sum())
     return right / len(dataset)
 
 
@@ -355,14 +415,23 @@ def crop(image: Tensor, randomness: torch.Generator) -> Tensor:
     return padded[:, top : top + h, left : left + w]
 
 
-def zoom(image: Tensor, randomness: torch.Generator) -> Tensor:
-    """Crop .35 to 1 of the area at an aspect of 3/4 to 4/3, and resize to the old size (bilinear, antialiased)."""
+def zoom(image: Tensor, randomness: torch.Generator, *, smallest: float = 0.35) -> Tensor:
+    """Crop `smallest` to 1 of the area at an aspect of 3/4 to 4/3, and resize to the old size (bilinear, antialiased).
+
+    The aspect is relative to the image's own; a side that would exceed the image is cut to it.
+    """
     h, w = image.shape[-2:]
-    area, aspect = draw(randomness, 0.35, 1.0), math.exp(draw(randomness, math.log(3 / 4), math.log(4 / 3)))
-    height, width = min(h, round(h * (area / aspect) ** 0.5)), min(w, round(w * (area * aspect) ** 0.5))
+    area, aspect = draw(randomness, smallest, 1.0), math.exp(draw(randomness, math.log(3 / 4), math.log(4 / 3)))
+    height = max(1, min(h, round(h * (area / aspect) ** 0.5)))
+    width = max(1, min(w, round(w * (area * aspect) ** 0.5)))
     top, left = int(draw(randomness, 0.0, h - height + 1.0)), int(draw(randomness, 0.0, w - width + 1.0))
     part = image[None, :, top : top + height, left : left + width]
     return F.interpolate(part, size=(h, w), mode="bilinear", antialias=True)[0].clamp(0, 1)
+
+
+def resized_crop(image: Tensor, randomness: torch.Generator) -> Tensor:
+    """Zoom into .08 to 1 of the area: torchvision's RandomResizedCrop, but for sides that exceed the image."""
+    return zoom(image, randomness, smallest=0.08)
 
 
 def jitter(image: Tensor, randomness: torch.Generator) -> Tensor:
@@ -374,9 +443,22 @@ def jitter(image: Tensor, randomness: torch.Generator) -> Tensor:
     return (gray + saturation * (image - gray)).clamp(0, 1)
 
 
+def left_half(image: Tensor, randomness: torch.Generator) -> Tensor:
+    """Replace the right half by uniform noise: whoever learns so looks at the left one (CASM's two copies)."""
+    half = image.shape[-1] // 2
+    return torch.cat([image[..., :half], torch.rand(image[..., half:].shape, generator=randomness).to(image)], -1)
+
+
 def draw(randomness: torch.Generator, low: float, high: float) -> float:
     """Return a uniform number in [low, high)."""
     return low + (high - low) * float(torch.rand((), generator=randomness, dtype=torch.float64))
 
 
-AUGMENTATIONS: Mapping[str, Augment] = {"flip": flip, "crop": crop, "zoom": zoom, "jitter": jitter}
+AUGMENTATIONS: Mapping[str, Augment] = {
+    "flip": flip,
+    "crop": crop,
+    "zoom": zoom,
+    "resized_crop": resized_crop,
+    "jitter": jitter,
+    "left_half": left_half,
+}

@@ -21,7 +21,7 @@ from sightline.metrics import METRICS
 from sightline.metrics import Entry as Judge
 from sightline.protocols import PROTOCOLS
 from sightline.protocols import Entry as Protocol
-from sightline.runs import Run, Score, split, write_text
+from sightline.runs import Run, Score, split, without_none, write_text
 from sightline.table import NOTHING, Column, Row, Table, differences, digits, fixed, named, summary, tables
 
 TITLE = "Saliency report"
@@ -230,16 +230,7 @@ def _parted(label: str) -> tuple[str, str]:
 
 def _toml(run: Run) -> str:
     """Write the specification of a run as the TOML that gives it again."""
-    return tomli_w.dumps(_without_none(run.spec.plain())).strip()
-
-
-def _without_none(value: Any) -> Any:
-    """Drop what TOML cannot say, and sort what has no order."""
-    if isinstance(value, Mapping):
-        return {key: _without_none(item) for key, item in sorted(value.items()) if item is not None}
-    if isinstance(value, list | tuple):
-        return [_without_none(item) for item in value]
-    return value
+    return tomli_w.dumps(without_none(run.spec.plain())).strip()
 
 
 def _plain(table: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:

@@ -20,6 +20,7 @@ from sightline.images import fit
 from sightline.interchange import stored, write_map
 from sightline.maps import degenerate
 from sightline.metrics import METRICS, Measure
+from sightline.models._files import checksums
 from sightline.protocols import PROTOCOLS
 from sightline.registry import find, load, unknown
 from sightline.runs import Choice, Run, Score, Scores, Spec, arguments, describe, file_name, provenance, write_bytes
@@ -261,6 +262,7 @@ def run(
     scores = replace(scores, scores=listed, seconds=scores.seconds if judges.metrics else maps.seconds)
     recorded = {
         **on.arguments,
+        **weights_of(spec),
         "method": arguments(function),
         "metrics": {name: arguments(one) for name, one in {**judges.metrics, **judges.protocols}.items()},
     }
@@ -269,6 +271,15 @@ def run(
         write_maps(spec, on, maps, count, keep)
     classes = on.classifier.classes or on.dataset.classes
     return Run(spec, scores, recorded, provenance(), classes, dict(on.dataset.skipped), pictures)
+
+
+def weights_of(spec: Spec) -> dict[str, Any]:
+    """Return the checksums of the files that a specification names, as `weights`; nothing where there is none.
+
+    A run that was made with other weights is another run, though its specification is the same.
+    """
+    found = checksums(spec.plain())
+    return {"weights": found} if found else {}
 
 
 def shown_class(spec: Spec, classifier: Classifier) -> str:

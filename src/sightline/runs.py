@@ -295,6 +295,15 @@ class Run:
             raise ValueError(f"{path} is not a run: {error}; runs are written by `sightline evaluate`") from error
 
 
+def without_none(value: Any) -> Any:
+    """Return plain data as TOML can hold it: without the entries that are None, at any depth."""
+    if isinstance(value, Mapping):
+        return {key: without_none(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list | tuple):
+        return [without_none(item) for item in value]
+    return value
+
+
 def strict(value: Any) -> Any:
     """Return a value without NaN, for which JSON has no word: None stands for it."""
     if isinstance(value, Mapping):
@@ -360,7 +369,7 @@ def write_text(path: Path | str, text: str) -> Path:
     return write_bytes(path, text.encode("utf-8"))
 
 
-def write_bytes(path: Path | str, content: bytes) -> Path:
+def write_bytes(path: Path | str, content: bytes | memoryview) -> Path:
     """Write a file atomically: the old content stays until the new one is whole."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -37,13 +37,15 @@ def method_of(choice: Choice, seed: int | None = None) -> Method:
     """Return the method that a choice stands for, with its settings.
 
     A combinator has its methods in parentheses, each with settings of its own: `smooth(gradient)`,
-    `mean(grad_cam, opti_cam?steps=20)`.
+    `mean(grad_cam, opti_cam?steps=20)`. A FILE.safetensors is a mapping of CASM: `casm?weights=FILE.safetensors`.
 
     Raises:
         LookupError, TypeError, ValueError: an unknown name or setting, or one that does not fit.
     """
     outer, opened, inner = choice.name.partition("(")
     if not opened:
+        if outer.endswith(".safetensors"):
+            return method_of(Choice("casm", {"weights": outer, **choice.settings}), seed)
         if outer in COMBINATORS and outer not in METHODS:
             raise LookupError(f"{outer} makes a method of others; write {outer}(grad_cam), say")
         return seeded(find(outer, METHODS, "methods").method, choice.settings, seed)
@@ -111,7 +113,7 @@ def interpreted(name: str, value: Any, hint: Any) -> Any:
     """Return what plain data stands for."""
     if isinstance(value, int) and not isinstance(value, bool) and hint in (float, float | None):
         return float(value)
-    if name == "score" and isinstance(value, str):
+    if name == "score" and isinstance(value, str) and get_origin(hint) is not Literal:
         return find(value, SCORES, "scores")
     if name != "erase" and isinstance(value, Mapping):  # a class's number is text where TOML has it as a key
         return {int(key) if str(key).isdecimal() else key: item for key, item in value.items()}

@@ -8,6 +8,7 @@ one process, up to rounding, for networks whose images do not know of each other
 own statistics on the CPU, all have common ones on GPUs (`synchronize`). Dropout draws alike in every process.
 """
 
+import atexit
 import hashlib
 import json
 import math
@@ -85,6 +86,21 @@ class Progress:
     steps: int
     metrics: Metrics
 
+    @property
+    def done(self) -> int:
+        """How many steps are done."""
+        return self.epoch * self.steps + self.step
+
+    @property
+    def total(self) -> int:
+        """How many steps there are."""
+        return self.epochs * self.steps
+
+    @property
+    def note(self) -> str:
+        """The metrics on one line."""
+        return "  ".join(f"{name} {value:.3f}" for name, value in self.metrics.items())
+
 
 @dataclass(frozen=True)
 class Position:
@@ -122,7 +138,9 @@ def fit(
     """Train for `epochs` epochs and return the mean metrics of each.
 
     An epoch sees `fraction` of the images, drawn anew each time. `batch` images make a step, whatever the number of
-    processes; the first process alone reports and writes, and all must see the same `out`. With `out`, a checkpoint is written every `every` steps, after each epoch, and when SIGINT or SIGTERM arrives (after
+    processes; the first process alone reports and writes, and all must see the same `out`.
+
+    With `out`, a checkpoint is written every `every` steps, after each epoch, and when SIGINT or SIGTERM arrives (after
     the running step; then the signal takes its usual course; a second one does so at once). A later call with the same
     `out` goes on from there. The network stays on the device where it was trained.
 
@@ -137,7 +155,8 @@ def fit(
         )
     fabric = fabric_of(accelerator, precision)
     numbers = {"images": len(dataset), "epochs": epochs, "batch": batch, "seed": seed, "fraction": fraction}
-    settings = {**numbers, "precision": precision, "augment": describe(augment), **trainer.settings}
+    ends = {"first": dataset[0].id, "last": dataset[len(dataset) - 1].id}
+    settings = {**numbers, **ends, "precision": precision, "augment": describe(augment), **trainer.settings}
     folder = None if out is None else Path(out)
     seen = math.ceil(fraction * len(dataset))
     steps, entered, stopped = math.ceil(seen / batch), -1, False
@@ -190,7 +209,14 @@ def fabric_of(accelerator: str, precision: str) -> "Fabric":
         return Fabric(accelerator=accelerator, devices=1, precision=chosen)
     fabric = Fabric(accelerator=accelerator, strategy="ddp", devices=local, num_nodes=nodes, precision=chosen)
     fabric.launch()
+    atexit.register(leave)
     return fabric
+
+
+def leave() -> None:
+    """Leave the group of processes, which would else be torn down in the middle of the interpreter's end."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def part(fabric: "Fabric", indices: Sequence[int]) -> tuple[Sequence[int], float]:
@@ -229,23 +255,22 @@ def averaged(fabric: "Fabric", value: Tensor, share: float) -> Tensor:
 
 def gradients(
     fabric: "Fabric", loss: Tensor, parameters: Sequence[Tensor], share: float, *, retain: bool = False
-) -> list[Tensor]:
+) -> list[Tensor | None]:
     """Return the gradient of the loss's mean over the step's images in all processes.
 
-    `loss` is the mean over this process's images. What a parameter does not reach is zero. `retain` keeps the graph.
+    `loss` is the mean over this process's images; `retain` keeps its graph. A parameter without a part in it has None.
     """
-    own = torch.autograd.grad(share * loss, parameters, retain_graph=retain, allow_unused=True, materialize_grads=True)
-    if fabric.world_size == 1:
-        return list(own)
-    total = summed(fabric, torch.cat([gradient.flatten() for gradient in own]))
-    nn.utils.vector_to_parameters(total, own)
-    return list(own)
+    own = torch.autograd.grad(share * loss, parameters, retain_graph=retain, allow_unused=True)
+    found = [gradient for gradient in own if gradient is not None]
+    if fabric.world_size > 1:
+        nn.utils.vector_to_parameters(summed(fabric, torch.cat([one.flatten() for one in found])), found)
+    return [*own]
 
 
 def update(
     optimizer: torch.optim.Optimizer,
     parameters: Sequence[Tensor],
-    gradients: Sequence[Tensor],
+    gradients: Sequence[Tensor | None],
     *,
     clip: float | None = None,
 ) -> None:
@@ -256,6 +281,12 @@ def update(
         nn.utils.clip_grad_norm_(parameters, clip)
     optimizer.step()
     optimizer.zero_grad()
+
+
+def wait() -> None:
+    """Wait until every process is here."""
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
 
 
 def synchronize(fabric: "Fabric", model: nn.Module) -> nn.Module:
@@ -356,7 +387,7 @@ def write_checkpoint(folder: Path | None, trainer: Trainer, settings: Mapping[st
     if folder is not None:
         content = BytesIO()
         torch.save({"settings": dict(settings), "at": asdict(at), "trainer": trainer.state_dict()}, content)
-        write_bytes(folder / CHECKPOINT, content.getvalue())
+        write_bytes(folder / CHECKPOINT, content.getbuffer())
 
 
 def read_checkpoint(folder: Path | None, trainer: Trainer, settings: Mapping[str, Any]) -> Position:
@@ -383,14 +414,39 @@ def read_checkpoint(folder: Path | None, trainer: Trainer, settings: Mapping[str
     return at
 
 
+@contextmanager
+def logged(folder: Path, kind: str | None) -> Iterator[Callable[[Progress], None]]:
+    """Yield what writes each step's metrics below `folder`, as "csv" or for "tensorboard"; None writes nothing.
+
+    Every start gets a folder of its own, `version_0`, `version_1` ...; a line is written as soon as its step is done.
+
+    Raises:
+        ModuleNotFoundError: tensorboard is not installed.
+    """
+    if kind is None:
+        yield lambda at: None
+        return
+    from lightning_fabric.loggers.csv_logs import CSVLogger
+    from lightning_fabric.loggers.tensorboard import TensorBoardLogger
+
+    made = CSVLogger(folder, name="", flush_logs_every_n_steps=1) if kind == "csv" else None
+    logger = TensorBoardLogger(folder, name="") if made is None else made
+    try:
+        yield lambda at: logger.log_metrics({"epoch": at.epoch, **at.metrics}, at.done)
+    finally:
+        logger.save()
+        logger.finalize("success")
+
+
 class Remembered:
     """A data set that reads every sample once: id, image and label stay in memory, geometry does not.
 
     An image that 8 bits hold exactly is kept in 8 bits, any other as it is; what comes out is equal to what went in.
+    What does not fit into `most` bytes is read again.
     """
 
-    def __init__(self, dataset: Indexed[Sample]) -> None:
-        self.dataset = dataset
+    def __init__(self, dataset: Indexed[Sample], most: int = 2**32) -> None:
+        self.dataset, self.left = dataset, most
         self.kept: dict[int, tuple[str, Tensor, int | None, Tensor | None]] = {}
 
     def __len__(self) -> int:
@@ -399,14 +455,18 @@ class Remembered:
     def __getitem__(self, index: int, /) -> Sample:
         if index not in self.kept:
             sample = self.dataset[index]
-            self.kept[index] = sample.id, pack(sample.image), sample.label, sample.labels
+            packed = sample.id, pack(sample.image), sample.label, sample.labels
+            self.left -= packed[1].nbytes
+            if self.left < 0:
+                return Sample(sample.id, sample.image, sample.label, sample.labels)
+            self.kept[index] = packed
         id_, image, label, labels = self.kept[index]
         return Sample(id_, image / 255 if image.dtype == torch.uint8 else image, label, labels)
 
 
-def remember(dataset: Indexed[Sample]) -> Indexed[Sample]:
-    """Read every sample of `dataset` at most once; see `Remembered`."""
-    return Remembered(dataset)
+def remember(dataset: Indexed[Sample], *, most: int = 2**32) -> Indexed[Sample]:
+    """Read every sample of `dataset` at most once, as far as they fit into `most` bytes; see `Remembered`."""
+    return Remembered(dataset, most)
 
 
 def pack(image: Tensor) -> Tensor:

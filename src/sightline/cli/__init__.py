@@ -9,7 +9,7 @@ import click
 
 from sightline.memory import keep_freed
 
-COMMANDS = ("list", "explain", "evaluate", "train", "report")
+COMMANDS = ("list", "explain", "gallery", "evaluate", "train", "study", "report")
 
 DEBUG = "SIGHTLINE_DEBUG"
 """Set this environment variable to see the traceback behind a message."""
@@ -47,7 +47,7 @@ def main(arguments: list[str] | None = None) -> None:
         click.echo(f"sightline: {usage(error)}", err=True)
         sys.exit(2)
     except (KeyboardInterrupt, click.exceptions.Abort):
-        click.echo("stopped; what was finished is kept", err=True)
+        click.echo("stopped; what was finished is kept, and the same command goes on from there", err=True)
         sys.exit(STOPPED)
     except (LookupError, TypeError, ValueError, OSError, ArithmeticError) as error:
         if os.environ.get(DEBUG):

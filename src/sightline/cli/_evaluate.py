@@ -177,13 +177,13 @@ def finished(
     """
     from sightline.classifier import UnsuitedError
     from sightline.cli._options import bar
-    from sightline.running import run
+    from sightline.running import run, weights_of
     from sightline.runs import Run, file_name
 
     path = out / f"{file_name(str(spec.method))}.json"
     if path.exists() and not again:
         kept = Run.read(path)
-        if kept.spec == spec:
+        if kept.spec == spec and kept.arguments.get("weights") == weights_of(spec).get("weights"):
             click.echo(f"kept {path}", err=True)
             return kept
     try:

@@ -1,127 +1,145 @@
-"""`sightline train`: from images to a classifier."""
+"""`sightline train`: from images to a classifier, or to an explainer that is learned."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 if TYPE_CHECKING:
-    from rich.progress import Progress as Bar
-
-    from sightline.classifier import Classifier
-    from sightline.data import Dataset
-    from sightline.runs import Choice
     from sightline.training import Progress
 
+PATH = click.Path(path_type=Path)
 
-@click.group("train", short_help="Train a classifier.")
-def command() -> None:
-    """Train a network."""
-
-
-@command.command("classifier")
-@click.option("--data", required=True, help="What to learn from: creatures?split=train, folder?root=train.")
-@click.option("--test", default=None, help="What to measure the accuracy on, after the training.")
-@click.option("--model", default="mini_resnet", show_default=True, help="mini_resnet, torchvision:resnet18, python:...")
-@click.option("--epochs", type=click.IntRange(min=1), default=None, help="How often every image is seen.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Seed of weights, order and augmentation.")
-@click.option("--half", is_flag=True, help="Store the weights in 16 bits.")
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of checkpoint and result.")
-@click.option(
-    "--set", "settings", multiple=True, metavar="KEY=VALUE", help="A setting: lr, batch, schedule, freeze ..."
+OPTIONS: tuple[Callable[[Any], Any], ...] = (
+    click.option("--data", help="What to learn from.  [default: creatures?split=train]"),
+    click.option("--model", help="The network to start from: mini_resnet, torchvision:resnet50, FILE.safetensors."),
+    click.option("--test", help="What to measure on after the training: creatures?split=test."),
+    click.option("--epochs", type=click.IntRange(min=1), help="Passes over the images, or over their fraction."),
+    click.option("--seed", type=int, help="Seed of weights, order, augmentation and draws.  [default: 0]"),
+    click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="A setting: lr, batch, augment ..."),
+    click.option("--trials", type=click.IntRange(min=0), help="Try so many learning rates (WSOL protocol: 30)."),
+    click.option("--val", help="What the trials are compared on: creatures?split=val."),
+    click.option("--select", help="Measured by what: accuracy, or a metric of the maps."),
+    click.option("--half", is_flag=True, default=None, help="Store the weights in 16 bits."),
+    click.option("--track", type=click.Choice(["csv", "tensorboard"]), help="Keep every step's metrics in OUT/logs."),
+    click.option("--spec", type=PATH, help="A recipe (TOML) with all of this; options given here win over it."),
+    click.option("--copy", type=PATH, help="Write the recipe with all its settings there, and stop."),
+    click.option("--out", type=PATH, help="Folder of checkpoint and result."),
 )
-def classifier(
-    data: str,
-    test: str | None,
-    model: str,
-    epochs: int | None,
-    seed: int,
-    half: bool,
-    out: Path,
-    settings: tuple[str, ...],
-) -> None:
+"""What every training is told."""
+
+
+def trains(kind: str) -> Callable[[Callable[[], None]], click.Command]:
+    """Make a sub-command that trains one kind of thing; the function's docstring is its help."""
+
+    def decorate(described: Callable[[], None]) -> click.Command:
+        def run(**given: Any) -> None:
+            trained(kind, **given)
+
+        run.__doc__ = described.__doc__
+        for option in reversed(OPTIONS):
+            run = option(run)
+        return command.command(kind)(run)
+
+    return decorate
+
+
+@click.group("train", short_help="Train a classifier, or an explainer that is learned.")
+def command() -> None:
+    """Train a network, from named data and settings or from a recipe.
+
+    A training goes on from the checkpoint in its folder, whatever stopped it, and gives the same weights as one that
+    was never stopped. Several processes: torchrun --nproc-per-node N -m sightline train ...
+    """
+
+
+@trains("classifier")
+def classifier() -> None:
     """Train a classifier and write classifier.safetensors with its manifest into the output folder.
 
-    The network gets as many classes as the data has. The training goes on from the folder's checkpoint, whatever
-    stopped it, and gives the same weights as one that was never stopped.
+    The network gets as many classes as the data has.
     """
-    from sightline import models
-    from sightline.classifier_training import ClassifierConfig, accuracy, train
-    from sightline.cli._options import bar, pairs
-    from sightline.runs import Choice
-    from sightline.settings import bind
-    from sightline.training import remember
 
-    config = bind(ClassifierConfig, tuples({**pairs(settings), **({"epochs": epochs} if epochs else {})}))()
-    learned = Choice.parse(data)
-    built, dataset, stored = fitting(Choice.parse(model), learned, seed)
-    with bar() as progress:
-        history = train(built, remember(dataset), config, seed=seed, out=out, report=drawn(progress, config.epochs))
-    extra: dict[str, Any] = {"data": learned.plain(), "images": len(dataset), "seed": seed}
-    extra |= {"config": {name: getattr(config, name) for name in config.__dataclass_fields__}, "history": list(history)}
-    target = models.save(built, out / "classifier.safetensors", model=stored, extra=extra, half=half)
-    if test is not None:
-        measured, unseen = models.load(str(target)), Choice.parse(test)
-        extra["test"] = {"data": unseen.plain(), "accuracy": accuracy(measured, like(unseen, measured))}
-        models.save(built, target, model=stored, extra=extra, half=half)
-        click.echo(f"accuracy {extra['test']['accuracy']:.2%} on {test}")
-    for file, reason in dataset.skipped.items():
+
+@trains("casm")
+def casm() -> None:
+    """Train CASM's mask network against a pool of classifiers, and write casm.safetensors.
+
+    The pool starts with the model (default: the embedded classifier of creatures). Use the file as a method:
+    sightline explain PHOTO --method OUT/casm.safetensors
+    """
+
+
+@trains("calm")
+def calm() -> None:
+    """Train CALM on the body of a trained classifier, and write calm.safetensors.
+
+    Use the file as a model, with the methods whose names begin with calm_: sightline explain PHOTO --model
+    OUT/calm.safetensors --method calm_attribution
+    """
+
+
+def trained(
+    kind: str,
+    *,
+    spec: Path | None,
+    copy: Path | None,
+    out: Path | None,
+    track: str | None,
+    epochs: int | None,
+    settings: tuple[str, ...],
+    **given: Any,
+) -> None:
+    """Train one kind of thing."""
+    from sightline.cli._options import pairs
+    from sightline.learning import LEARNERS, complete, first, learn
+    from sightline.recipes import Recipe
+    from sightline.runs import Choice
+
+    recipe = Recipe(Choice.parse("creatures?split=train"), Choice.parse(LEARNERS[kind].model))
+    recipe = recipe if spec is None else Recipe.read(spec, data=recipe.data, model=recipe.model)
+    chosen = {name: Choice.parse(given.pop(name)) for name in ("data", "model", "test", "val") if given[name]}
+    steps = {} if epochs is None else {"epochs": epochs}
+    recipe = recipe.changed(**{**given, **chosen}, settings={**pairs(settings), **steps})
+    if copy is not None:
+        click.echo(f"wrote {recipe.write(copy, f'sightline train {kind}', complete(kind, recipe))}")
+        return
+    if out is None:
+        raise click.UsageError("Missing option '--out'.", click.get_current_context())
+    with reported(out, track) as report:
+        path = learn(kind, recipe, out, report=report)
+    if first():
+        tell(path)
+
+
+def tell(path: Path) -> None:
+    """Say what came out of a training."""
+    import json
+
+    extra = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))["extra"]
+    for file, reason in extra["skipped"].items():
         click.echo(f"skipped {file}: {reason}", err=True)
-    click.echo(f"{target}: {len(dataset.classes)} classes; use it as --model {target}")
+    for name, value in extra.get("test", {}).items():
+        if name != "data":
+            shown = f"{value:.2%}" if name == "accuracy" else f"{value:.4g}"
+            click.echo(f"{name} {shown} on {extra['test']['data']}")
+    click.echo(f"{path}: use it as --{'method' if path.stem == 'casm' else 'model'} {path}")
 
 
-def tuples(settings: dict[str, Any]) -> dict[str, Any]:
-    """Read `freeze=layer1,layer2` as names."""
-    freeze = settings.get("freeze")
-    return settings if freeze is None else {**settings, "freeze": tuple(str(freeze).split(","))}
+@contextmanager
+def reported(out: Path, track: str | None) -> "Iterator[Callable[[Progress], None]]":
+    """Draw a training, and log the metrics of its steps, while inside."""
+    from sightline.cli._options import bar
+    from sightline.training import logged
 
+    with bar() as progress, logged(out / "logs", track) as write:
+        task = progress.add_task("training", total=None, note="")
 
-def like(data: "Choice", built: "Classifier") -> "Dataset":
-    """Return the data set in the classifier's size."""
-    from sightline.running import reader_of
+        def report(at: "Progress") -> None:
+            shown = f"epoch {at.epoch + 1}/{at.epochs}"
+            progress.update(task, completed=at.done, total=at.total, description=shown, note=at.note)
+            write(at)
 
-    return reader_of(data, built)()
-
-
-def fitting(model: "Choice", data: "Choice", seed: int) -> "tuple[Classifier, Dataset, Choice]":
-    """Return a classifier with as many classes as the data has, the data in its size, and how to build it again.
-
-    Raises:
-        ValueError: data without classes, or a network of one's own with another number of them.
-    """
-    from dataclasses import replace
-
-    from sightline import models
-    from sightline.classifier import wrap
-    from sightline.classifier_training import replace_head
-    from sightline.runs import Choice
-
-    ours = model.name in models.MODELS
-    seeds = {"seed": seed} if ours and "seed" not in model.settings else {}
-    built = models.load(Choice(model.name, {**model.settings, **seeds}))
-    dataset = like(data, built)
-    count = len(dataset.classes)
-    if count < 2:
-        raise ValueError(f"{data} has {count} classes; training needs at least two, one folder a class")
-    name = "classes" if ours else "num_classes"
-    stored = Choice(model.name, {**model.settings, name: count})
-    if ours:
-        built = models.load(Choice(stored.name, {**stored.settings, **seeds}))
-    elif model.name.startswith("torchvision:"):
-        network = replace_head(built.model, count, seed=seed)
-        built = wrap(network, layer=built.layer, normalization=(built.mean, built.std), size=built.size)
-    return replace(built, classes=tuple(dataset.classes)), dataset, stored
-
-
-def drawn(progress: "Bar", epochs: int) -> "Callable[[Progress], None]":
-    """Return a callback that draws the training."""
-    task = progress.add_task("training", total=None, note="")
-
-    def draw(at: "Progress") -> None:
-        note = "  ".join(f"{name} {value:.3f}" for name, value in at.metrics.items())
-        place = at.epoch * at.steps + at.step
-        shown = f"epoch {at.epoch + 1}/{epochs}"
-        progress.update(task, completed=place, total=epochs * at.steps, description=shown, note=note)
-
-    return draw
+        yield report

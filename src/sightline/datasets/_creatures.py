@@ -5,7 +5,7 @@ classes of a plan differ in one, two or three parts, so the pixels that tell two
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import combinations, permutations
@@ -136,6 +136,7 @@ class Creatures:
     variant: str = "plain"
     seed: int = 0
     rho: float = 0.95
+    only: tuple[int, ...] = tuple(range(len(_KINDS)))
 
     def __len__(self) -> int:
         return self.count
@@ -243,6 +244,7 @@ def creatures(
     variant: str = "plain",
     seed: int = 0,
     rho: float = 0.95,
+    only: Sequence[int] | None = None,
 ) -> Creatures:
     """Draw creatures: 20 classes, `size` x `size` pixels, the same image for the same (seed, split, index).
 
@@ -250,11 +252,12 @@ def creatures(
     texture goes with the class in a share `rho` of the images; `two_copies`, two identical halves side by side;
     `scenes`, one to three creatures of different classes that may hide each other, `label` being the one that shows
     most; `small`, creatures that cover 5 to 10 % of the image. Splits train, val and test hold 8000, 1000 and 2000
-    images unless `count` says otherwise.
+    images unless `count` says otherwise. `only` draws these classes alone, which keep their numbers.
 
     Raises:
         LookupError: no such split or variant.
-        ValueError: a size that is odd or below 64, a negative count or seed, a rate outside [0, 1].
+        ValueError: a size that is odd or below 64, a negative count or seed, a rate outside [0, 1], no class, one that
+            is not there, or one twice.
     """
     if split not in SPLITS:
         raise LookupError(unknown(split, SPLITS, "split of creatures"))
@@ -267,7 +270,10 @@ def creatures(
         raise ValueError(f"count and seed are zero or more, got count={count}, seed={seed}")
     if not 0 <= rho <= 1:
         raise ValueError(f"rho is a rate in [0, 1], got {rho}")
-    return Creatures(split, count, size, variant, seed, rho)
+    chosen = tuple(range(len(_KINDS))) if only is None else tuple(only)
+    if not chosen or len({*chosen}) < len(chosen) or not {*chosen} <= {*range(len(_KINDS))}:
+        raise ValueError(f"only needs different classes from 0 to {len(_KINDS) - 1}, got {list(chosen)}")
+    return Creatures(split, count, size, variant, seed, rho, chosen)
 
 
 def _stream(dataset: Creatures, index: int) -> np.random.Generator:
@@ -278,7 +284,7 @@ def _stream(dataset: Creatures, index: int) -> np.random.Generator:
 def _texture(dataset: Creatures, index: int, rng: np.random.Generator) -> int:
     if dataset.variant != "context":
         return int(rng.integers(len(_KINDS)))
-    label, other = index % len(_KINDS), int(rng.integers(1, len(_KINDS)))
+    label, other = dataset.only[index % len(dataset.only)], int(rng.integers(1, len(_KINDS)))
     return label if rng.random() < dataset.rho else (label + other) % len(_KINDS)
 
 
@@ -315,8 +321,8 @@ def _inside(stage: Stage, padded: NDArray[Any]) -> NDArray[Any]:
 
 def _cast(dataset: Creatures, index: int, rng: np.random.Generator) -> list[int]:
     if dataset.variant == "scenes":
-        return [int(label) for label in rng.permutation(len(_KINDS))[: rng.integers(1, 4)]]
-    return [index % len(_KINDS)]
+        return [dataset.only[place] for place in rng.permutation(len(dataset.only))[: rng.integers(1, 4)]]
+    return [dataset.only[index % len(dataset.only)]]
 
 
 def _enter(stage: Stage, dataset: Creatures, label: int, rng: np.random.Generator) -> Stage:
@@ -392,8 +398,9 @@ def _sample(dataset: Creatures, index: int, stage: Stage) -> Sample:
     mask = torch.tensor([0, *(one + 1 for one in labels)])[instances]
     parts = _visible_parts(dataset, owner)
     cues = [parts[name] for part in dataset.cues(label) for name in _sides(part)]
+    chosen = "" if len(dataset.only) == len(_KINDS) else f"-c{label}"
     return Sample(
-        id=f"creatures-{dataset.variant}-{dataset.split}-{index:05d}-s{dataset.seed}",
+        id=f"creatures-{dataset.variant}-{dataset.split}-{index:05d}-s{dataset.seed}{chosen}",
         image=torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))),
         label=label,
         labels=torch.zeros(len(_KINDS), dtype=torch.long).index_fill(0, torch.tensor(labels), 1),

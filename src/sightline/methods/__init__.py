@@ -10,8 +10,13 @@ from sightline.registry import load
 
 if TYPE_CHECKING:
     from sightline.classifier import Classifier, Method
+    from sightline.explainers._saved import casm as casm
     from sightline.methods._ablation_cam import ablation_cam as ablation_cam
     from sightline.methods._binary_mask import binary_mask as binary_mask
+    from sightline.methods._calm import calm_attribution as calm_attribution
+    from sightline.methods._calm import calm_class_given_location as calm_class_given_location
+    from sightline.methods._calm import calm_location_given_class as calm_location_given_class
+    from sightline.methods._calm import calm_saliency as calm_saliency
     from sightline.methods._calm_integrated_gradients import calm_integrated_gradients as calm_integrated_gradients
     from sightline.methods._cam import cam as cam
     from sightline.methods._center import center as center
@@ -103,6 +108,11 @@ class Entry:
 
 def _entry(name: str, summary: str, **rest: Any) -> Entry:
     return Entry(f"sightline.methods._{name}:{name}", summary, **rest)
+
+
+def _calm(name: str, summary: str, **rest: Any) -> Entry:
+    load = f"sightline.methods._calm:{name}"
+    return Entry(load, summary, "Kim et al. 2021", needs=("CALM",), cost="1 forward", **rest)
 
 
 METHODS: Mapping[str, Entry] = {
@@ -370,6 +380,25 @@ METHODS: Mapping[str, Entry] = {
         paper="Chefer et al. 2021b",
         needs=("attention", "gradients"),
         cost="1 forward, 1 backward",
+    ),
+    "calm_attribution": _calm(
+        "calm_attribution", "how probable it is that the image shows the class and its cue lies here"
+    ),
+    "calm_saliency": _calm(
+        "calm_saliency", "how probable it is that the cue lies here, whatever the class", class_specific=False
+    ),
+    "calm_class_given_location": _calm(
+        "calm_class_given_location", "how probable the class is, should the cue lie here"
+    ),
+    "calm_location_given_class": _calm(
+        "calm_location_given_class", "how probable it is that the cue lies here, should the image show the class"
+    ),
+    "casm": Entry(
+        "sightline.explainers._saved:casm",
+        "all that any classifier could use, by a network that learned to hide it from many",
+        "Zolna et al. 2020",
+        cost="1 forward of its own network",
+        class_specific=False,
     ),
     "fake_cam": _entry(
         "fake_cam",

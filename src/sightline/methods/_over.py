@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from sightline import supersets
 from sightline.classifier import Classifier, Method, check_labels
 from sightline.methods._normalized import Normalize, normalization
 from sightline.methods._per_class import per_class
@@ -15,8 +16,11 @@ from sightline.methods._perturbed import Chosen, called, complete
 from sightline.registry import chosen
 from sightline.types import Images, Labels, Logits, Saliency
 
-Members: TypeAlias = Sequence[int] | Mapping[int, Sequence[int]] | Callable[[int], Sequence[int]]
+Listed: TypeAlias = Sequence[int] | Mapping[int, Sequence[int]] | Callable[[int], Sequence[int]]
 """Several classes for all, or from a label to its own."""
+
+Members: TypeAlias = str | Listed
+"""Those, or the name of supersets, see `supersets.members`."""
 
 Reduce: TypeAlias = Literal["sum", "mean"]
 
@@ -25,14 +29,18 @@ def over(method: Chosen, classes: Members, *, normalize: Normalize = "none", red
     """Return the method summed over several classes of each image: a superset's map.
 
     S = sum_{c in Y(y)} n(M_c): Y(y) is `classes` for every label, or what a mapping or a function gives for the label;
-    a label that a mapping lacks stands for itself alone. n, by `normalize`: `none`, `unit` (A - min A) / (max A - min
-    A), as CALM's authors do for CAM, or `max` A / max A. `reduce` = "mean" divides by the number of classes.
+    a label that a mapping lacks stands for itself alone. A name stands for supersets of the classifier's own classes:
+    "all", "creatures", "pets", or the path of a JSON file (see `supersets.members`). n, by `normalize`: `none`, `unit`
+    (A - min A) / (max A - min A), as CALM's authors do for CAM, or `max` A / max A. `reduce` = "mean" divides by the
+    number of classes.
     (b, 1, i, j) on the method's grid. Costs 1 forward and a map a class; all classes at the price of one where the
     method has that form (`cam`, `rise`).
 
     Raises:
-        ValueError: no class for a label, or one that the network does not have (when called).
-        LookupError: an unknown choice (when called) or method.
+        ValueError: no class for a label, one that the network does not have, or names of classes that do not go with
+            the supersets (when called).
+        LookupError: an unknown choice or supersets (when called), or method.
+        FileNotFoundError: no such file (when called).
     """
     return partial(added, method=complete(method), classes=classes, normalize=normalize, reduce=reduce)
 
@@ -53,7 +61,8 @@ def added(
     n, together = normalization(normalize), chosen(reduce, REDUCTIONS, "reduction")
     with torch.no_grad():
         logits = classifier(x)
-    sets = [members(classes, label, logits) for label in check_labels(logits, y).tolist()]
+    named = supersets.members(classes, classifier.classes, logits.shape[1]) if isinstance(classes, str) else classes
+    sets = [members(named, label, logits) for label in check_labels(logits, y).tolist()]
     found: dict[int, Saliency] = {}
     for count in {len(one) for one in sets}:
         on = [i for i, one in enumerate(sets) if len(one) == count]
@@ -62,7 +71,7 @@ def added(
     return torch.stack([found[i] for i in range(len(x))])
 
 
-def members(classes: Members, label: int, logits: Logits) -> Int[Tensor, " n"]:
+def members(classes: Listed, label: int, logits: Logits) -> Int[Tensor, " n"]:
     """Return the checked classes that a label stands for.
 
     Raises:

@@ -9,21 +9,35 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sightline.classifier import Classifier, Method
+from sightline.methods._calm import (
+    calm_attribution,
+    calm_attributions,
+    calm_class_given_location,
+    calm_classes_given_location,
+    calm_location_given_class,
+    calm_locations_given_class,
+)
 from sightline.methods._cam import cam, cams
 from sightline.methods._rise import rise, rises
 from sightline.types import Images
 
 PerClass: TypeAlias = Callable[[Classifier, Images, Int[Tensor, "b n"]], Float[Tensor, "b n _i _j"]]
 
-ONE_PASS: Mapping[Callable[..., Any], PerClass] = {cam: cams, rise: rises}
+ONE_PASS: Mapping[Callable[..., Any], PerClass] = {
+    cam: cams,
+    rise: rises,
+    calm_attribution: calm_attributions,
+    calm_class_given_location: calm_classes_given_location,
+    calm_location_given_class: calm_locations_given_class,
+}
 """Methods that give all classes at the price of one, and the functions that do; settings have the same names."""
 
 
 def per_class(method: Method) -> PerClass:
     """Return the function (classifier, x, classes (b, n)) -> maps (b, n, i, j): map n of an image explains its class n.
 
-    One call of the method a column of `classes`; a single one for methods with a one-pass form (`cam`, `rise`), with
-    settings too: `partial(rise, samples=100)`.
+    One call of the method a column of `classes`; a single one for methods with a one-pass form (`cam`, `rise`, CALM's
+    maps), with settings too: `partial(rise, samples=100)`.
     """
 
     def explain(classifier: Classifier, x: Images, classes: Int[Tensor, "b n"]) -> Float[Tensor, "b n _i _j"]:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from sightline.metrics._box_accuracy import box_accuracy as box_accuracy
     from sightline.metrics._box_accuracy import max_box_accuracy as max_box_accuracy
     from sightline.metrics._box_accuracy import max_box_accuracy_v2 as max_box_accuracy_v2
+    from sightline.metrics._coverage import coverage as coverage
     from sightline.metrics._infidelity import infidelity as infidelity
     from sightline.metrics._insertion import deletion as deletion
     from sightline.metrics._insertion import insertion as insertion
@@ -114,6 +115,13 @@ METRICS: Mapping[str, Entry] = {
         "sightline.metrics._mass:mass",
         "share of the map on the object, on what tells its class, or near its parts",
         "Wang et al. 2020",
+        "%",
+        True,
+    ),
+    "coverage": Entry(
+        "sightline.metrics._coverage:coverage",
+        "share of the object that the map shows",
+        "Zolna et al. 2020",
         "%",
         True,
     ),

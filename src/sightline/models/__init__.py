@@ -32,6 +32,7 @@ _SAVED = ("model", "layer", "mean", "std", "size", "classes")
 """What the manifest of a classifier says."""
 
 EMBEDDED = Path(__file__).parents[1] / "weights" / "creatures.safetensors"
+EMBEDDED_CALM = EMBEDDED.with_name("creatures-calm.safetensors")
 
 
 @dataclass(frozen=True)
@@ -42,25 +43,44 @@ class Entry:
     """Where its function is: `package.module:name`."""
     summary: str
 
+    @property
+    def builder(self) -> "Callable[..., Classifier]":
+        """The function itself."""
+        found: Callable[..., Classifier] = _load(self.load)
+        return found
+
     def __call__(self, **settings: Any) -> "Classifier":
         """Import the function and call it.
 
         Raises:
             LookupError: a setting that it does not have.
         """
-        classifier: Classifier = call(_load(self.load), settings)
+        classifier: Classifier = call(self.builder, settings)
         return classifier
 
 
 MODELS: Mapping[str, Entry] = MappingProxyType(
     {
         "creatures": Entry("sightline.models:creatures", "the embedded default: a MiniResNet trained on creatures"),
+        "creatures_calm": Entry("sightline.models:creatures_calm", "an embedded CALM network, trained on creatures"),
         "mini_resnet": Entry(
             "sightline.models._mini_resnet:mini_resnet", "four residual stages, 0.65 M parameters, random weights"
         ),
         "mini_vgg": Entry("sightline.models._mini_vgg:mini_vgg", "five plain blocks, 1.2 M parameters, random weights"),
         "mini_vit": Entry(
             "sightline.models._mini_vit:mini_vit", "six transformer blocks, 2.7 M parameters, random weights"
+        ),
+        "resnet50_gap": Entry(
+            "sightline.models._gap:resnet50_gap", "ResNet-50 without the last two strides: maps of 28 x 28 at 224"
+        ),
+        "vgg16_gap": Entry(
+            "sightline.models._gap:vgg16_gap", "VGG-16 with a class convolution and average pooling, 28 x 28"
+        ),
+        "inception_v3_gap": Entry(
+            "sightline.models._gap:inception_v3_gap", "Inception v3 up to Mixed_6e with the same end, 28 x 28"
+        ),
+        "calm": Entry(
+            "sightline.explainers._calm:calm", "a CALM network over any other (backbone=), its two new layers random"
         ),
         "none": Entry("sightline.models:none", "no network: maps from files, judged by annotations alone"),
     }
@@ -94,6 +114,7 @@ __all__ = [
     "save",
     "recipe",
     "creatures",
+    "creatures_calm",
     "MiniResNet",
     "MiniVGG",
     "MiniViT",
@@ -160,12 +181,26 @@ def creatures(*, layer: str | None = None) -> "Classifier":
     Raises:
         FileNotFoundError: this installation lacks its weights.
     """
-    if not EMBEDDED.exists():
+    return _embedded(EMBEDDED, "classifier --data creatures --model mini_resnet", layer)
+
+
+def creatures_calm(*, layer: str | None = None) -> "Classifier":
+    """Return the embedded CALM network: maps of 8 x 8 cells for the 20 classes of creatures at 64 pixels.
+
+    Raises:
+        FileNotFoundError: this installation lacks its weights.
+    """
+    return _embedded(EMBEDDED_CALM, "calm --data creatures", layer)
+
+
+def _embedded(path: Path, training: str, layer: str | None) -> "Classifier":
+    """Return a network whose weights come with the package."""
+    if not path.exists():
         raise FileNotFoundError(
-            f"the embedded weights {EMBEDDED} are missing; install sightline again, or train a network of your own: "
-            "sightline train classifier --data creatures --model mini_resnet"
+            f"the embedded weights {path} are missing; install sightline again, or train a network of your own: "
+            f"sightline train {training}"
         )
-    return _from_file(EMBEDDED, layer=layer)
+    return _from_file(path, layer=layer)
 
 
 def none(*, size: int | list[int] = 224, classes: int = 1000) -> "Classifier":
@@ -218,8 +253,8 @@ def recipe(model: str | Choice) -> Choice:
     from sightline.models._files import read
 
     given = Choice.parse(model) if isinstance(model, str) else model
-    if given.name == "creatures":
-        given = Choice(str(EMBEDDED), given.settings)
+    embedded = {"creatures": EMBEDDED, "creatures_calm": EMBEDDED_CALM}.get(given.name)
+    given = given if embedded is None else Choice(str(embedded), given.settings)
     if given.name.endswith(".safetensors"):
         return Choice.of(read(given.name, _SAVED, kind="classifier")[0]["model"])
     return _untrained(given)
@@ -237,9 +272,9 @@ def _from_file(path: Path | str, *, layer: str | None = None) -> "Classifier":
 
 
 def _untrained(choice: Choice) -> Choice:
-    """Say that a network of torchvision comes without weights: those of the file follow."""
-    ours = not choice.name.startswith("torchvision:")
-    return choice if ours else Choice(choice.name, {**choice.settings, "weights": "none"})
+    """Say that a network comes without the weights that its library has: those of the file follow."""
+    theirs = choice.name.startswith("torchvision:") or "weights" in choice.settings
+    return Choice(choice.name, {**choice.settings, "weights": "none"}) if theirs else choice
 
 
 def _wrapped(model: "nn.Module", settings: Mapping[str, Any], default: Mapping[str, Any]) -> "Classifier":

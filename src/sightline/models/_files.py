@@ -66,6 +66,19 @@ def read(path: Path | str, names: Sequence[str], *, kind: str) -> tuple[dict[str
     return manifest, content
 
 
+def checksums(plain: Any) -> dict[str, str]:
+    """Return the checksum of every file of weights that plain data names, by its path, as its manifest has it."""
+    if isinstance(plain, Mapping):
+        return {path: digest for item in plain.values() for path, digest in checksums(item).items()}
+    if isinstance(plain, list | tuple):
+        return {path: digest for item in plain for path, digest in checksums(item).items()}
+    path = str(plain).partition("?")[0]
+    manifest = Path(path).with_suffix(".json")
+    if not isinstance(plain, str) or not path.endswith(".safetensors") or not manifest.exists():
+        return {}
+    return {path: str(manifest_of(manifest, (), kind="file of weights")["sha256"])}
+
+
 def manifest_of(path: Path, names: Sequence[str], *, kind: str) -> dict[str, Any]:
     """Read a manifest.
 

@@ -4,6 +4,7 @@ After He, Zhang, Ren, Sun: Deep residual learning for image recognition. CVPR 20
 first convolution keeps the width of its input; a 3x3 stem without pooling.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import ClassVar
@@ -22,8 +23,8 @@ class MiniResNet(nn.Module):
     """Stem and four stages at 1/2, 1/2, 1/4, 1/8, 1/16 of the input, global average pooling, one linear layer.
 
     `last_stride=1` keeps the last stage at 1/8: maps of twice the side. `head="linear"` pools, then maps to classes;
-    `head="conv"` maps every cell to classes by a 1x1 convolution, then pools. The output of every tap is after its
-    ReLU.
+    `head="conv"` maps every cell to classes by a 1x1 convolution, then pools; `head="flat"` maps all cells of images of
+    `size` pixels at once, without pooling, and so knows left from right. The output of every tap is after its ReLU.
 
     Raises:
         ValueError: a stride or a head that does not exist, or not four widths.
@@ -39,12 +40,13 @@ class MiniResNet(nn.Module):
         widths: Sequence[int] = (32, 64, 128, 256),
         last_stride: int = 2,
         head: str = "linear",
+        size: int = 64,
     ) -> None:
         super().__init__()
         if last_stride not in (1, 2):
             raise ValueError(f"expected last_stride 1 or 2, got {last_stride}")
-        if head not in ("linear", "conv"):
-            raise ValueError(f"expected head 'linear' or 'conv', got {head!r}")
+        if head not in ("linear", "conv", "flat"):
+            raise ValueError(f"expected head 'linear', 'conv' or 'flat', got {head!r}")
         if len(widths) != 4:
             raise ValueError(f"expected four widths, one a stage, got {tuple(widths)}")
         a, b, c, d = widths
@@ -53,8 +55,9 @@ class MiniResNet(nn.Module):
         self.layer2 = Block(a, b, stride=2)
         self.layer3 = Block(b, c, stride=2)
         self.layer4 = Block(c, d, stride=last_stride)
-        self.avgpool = nn.AdaptiveAvgPool2d(1)
-        self.head = nn.Linear(d, classes) if head == "linear" else nn.Conv2d(d, classes, 1)
+        cells = math.ceil(size / (8 * last_stride)) ** 2 if head == "flat" else 1
+        self.avgpool: nn.Module = nn.Identity() if head == "flat" else nn.AdaptiveAvgPool2d(1)
+        self.head = nn.Conv2d(d, classes, 1) if head == "conv" else nn.Linear(d * cells, classes)
         self.apply(initialize)
 
     def forward(self, x: Images) -> Logits:
@@ -113,7 +116,7 @@ def mini_resnet(
 ) -> Classifier:
     """Return a classifier over a MiniResNet with random weights."""
     with seeded(seed):
-        model = MiniResNet(classes, channels=channels, widths=widths, last_stride=last_stride, head=head)
+        model = MiniResNet(classes, channels=channels, widths=widths, last_stride=last_stride, head=head, size=size)
     return wrap(model, layer=layer, normalization=CENTERED, size=size)
 
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from sightline.protocols._part_ratio import part_ratio as part_ratio
     from sightline.protocols._randomization import randomization as randomization
     from sightline.protocols._segmentation import segmentation as segmentation
+    from sightline.protocols._superset_depth import superset_depth as superset_depth
     from sightline.protocols._weak_localization import weak_localization as weak_localization
 
 
@@ -78,6 +79,15 @@ PROTOCOLS: Mapping[str, Entry] = {
         "Kim et al. 2021",
         "%",
         {"one": True, "two": True, "three": True, "mean": True},
+    ),
+    "superset_depth": Entry(
+        "sightline.protocols._superset_depth:superset_depth",
+        "how well maps summed over ever larger supersets of the label find the object",
+        "Kim et al. 2021",
+        "%",
+        {"self": True, "all": True, "best": True, "best_depth": None, "class_best": True, "class_depth": None},
+        ("hierarchy",),
+        "depth",
     ),
     "part_ratio": Entry(
         "sightline.protocols._part_ratio:part_ratio",
