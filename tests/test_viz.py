@@ -173,6 +173,81 @@ def test_grid_makes_room_for_titles_and_draws_them():
     assert above.getextrema()[0] < 100
 
 
+def test_grid_writes_captions_below_their_pictures():
+    image = torch.ones(3, 8, 8)
+    plain = viz.grid([[image, image], [image, image]], cell=40)
+    told = viz.grid([[image, image], [image, image]], captions=[(), ("", "IoU 0.5")], cell=40)
+    assert told.width == plain.width
+    assert told.height > plain.height
+    assert told.crop((0, 0, told.width, plain.height - 8)).convert("L").getextrema() == (255, 255)
+    below = told.crop((0, plain.height - 8, told.width, told.height)).convert("L")
+    dark = torch.tensor(list(below.tobytes())).view(below.height, below.width) < 128
+    assert dark.any()
+    assert not dark[:, :48].any(), "the first picture has no caption"
+    assert not dark[-4:].any(), "what stands below is inside the sheet"
+
+
+def test_grid_sets_blocks_apart_and_writes_their_names_upright():
+    red = torch.zeros(3, 4, 4)
+    red[0] = 1
+    plain = viz.grid([[red]] * 3, cell=40, gap=4)
+    made = viz.grid([[red]] * 3, blocks=[("one two", 2), ("three", 1)], cell=40, gap=4)
+    assert made.height == plain.height + 8, "two gaps more between blocks"
+    left = made.width - 44
+    column = [made.getpixel((left + 20, y)) == (255, 0, 0) for y in range(made.height)]
+    assert [y for y in range(1, made.height) if column[y] != column[y - 1]] == [4, 44, 48, 88, 100, 140]
+    names = made.crop((0, 0, left, made.height)).convert("L")
+    dark = torch.tensor(list(names.tobytes())).view(names.height, names.width) < 128
+    assert dark[4:88].any()
+    assert dark[100:140].any()
+    assert not dark[88:100].any()
+    assert viz.grid([[red]] * 3, blocks=[("", 3)], cell=40, gap=4).size == plain.size
+
+
+@pytest.mark.parametrize(
+    "title", ["smooth(gradient)(samples=8)", "a/b/casm-with-a-long-name", "Mmmmmmmmmmmmmmmmmmmmmmm"]
+)
+def test_titles_above_stay_above_their_pictures(title):
+    image = torch.ones(3, 8, 8)
+    sheet = viz.grid([[image, image]], columns=["", title], cell=100).convert("L")
+    assert sheet.crop((0, 0, 116, sheet.height)).getextrema() == (255, 255)
+    assert sheet.crop((116, 0, 216, sheet.height)).getextrema()[0] < 100
+    assert sheet.crop((217, 0, sheet.width, sheet.height)).getextrema() == (255, 255)
+
+
+def test_a_title_keeps_its_line_breaks():
+    image = torch.ones(3, 8, 8)
+    one, two = (viz.grid([[image]], columns=[title], cell=200).height for title in ("a b", "a\nb"))
+    assert two > one
+
+
+def test_outline_draws_the_border_inside_the_region_and_along_the_edge():
+    region = torch.zeros(9, 11, dtype=torch.bool)
+    region[2:8, 6:11] = True
+    drawn = viz.outline(torch.ones(3, 9, 11), region, color=(1.0, 0.0, 0.0), width=1)
+    line = drawn[1] == 0
+    for i in range(9):
+        for j in range(11):
+            around = [(i + a, j + b) for a in (-1, 0, 1) for b in (-1, 0, 1)]
+            whole = all(0 <= u < 9 and 0 <= v < 11 and bool(region[u, v]) for u, v in around)
+            assert bool(line[i, j]) == (bool(region[i, j]) and not whole)
+    assert (drawn[0] == 1).all()
+    with pytest.raises(ValueError, match="expected a region of \\(9, 11\\) pixels, got \\(4, 4\\)"):
+        viz.outline(torch.ones(3, 9, 11), region[:4, :4], color=(1.0, 0.0, 0.0))
+    with pytest.raises(ValueError, match="at least one pixel, got width=0"):
+        viz.outline(torch.ones(3, 9, 11), region, color=(1.0, 0.0, 0.0), width=0)
+
+
+def test_grid_refuses_captions_and_blocks_of_other_rows():
+    image = torch.ones(3, 4, 4)
+    for captions in ([("a", "b")], [("a",), ("b",)], [(), (), ()]):
+        with pytest.raises(ValueError, match="expected 2 rows of 2 captions or none"):
+            viz.grid([[image, image]] * 2, captions=captions)
+    for blocks in ([("a", 1)], [("a", 2), ("b", 0)], [("a", 3)]):
+        with pytest.raises(ValueError, match="expected blocks of 2 rows in all"):
+            viz.grid([[image, image]] * 2, blocks=blocks)
+
+
 @pytest.mark.parametrize(
     ("rows", "columns", "titles", "message"),
     [

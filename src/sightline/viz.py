@@ -3,15 +3,19 @@
 Nothing here scales a map: `maps.resize` and `maps.unit` are steps of their own. Colors come from matplotlib's tables.
 """
 
+import re
 from collections.abc import Sequence
 from io import BytesIO
+from itertools import accumulate
+from typing import TypeAlias
 
 import matplotlib
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+from torch.nn import functional as F
 
 from sightline.maps import degenerate
 from sightline.registry import unknown
@@ -24,6 +28,8 @@ LUMA = (0.299, 0.587, 0.114)
 
 INK, PAPER, VOID = (32, 34, 38), (255, 255, 255), (238, 239, 241)
 """Colors of a contact sheet: its text, its ground, a cell without a picture."""
+
+Font: TypeAlias = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
 def colorize(saliency: Float[Tensor, "*b i j"], *, cmap: str = "inferno") -> Float[Tensor, "*_b i j"]:
@@ -86,6 +92,28 @@ def overlay_signed(
     return _blend(x, colorize((1 + t) / 2, cmap=cmap), t.abs(), alpha=alpha, fade=fade)
 
 
+def outline(
+    image: Float[Tensor, "ch h w"],
+    region: Bool[Tensor, "i j"],
+    *,
+    color: tuple[float, float, float],
+    width: int = 2,
+) -> Float[Tensor, "3 h w"]:
+    """Draw the border of a region over an image in [0, 1], inside the region and along the image's own edge.
+
+    Raises:
+        ValueError: a region of another size than the image's, a width below one, or an image outside [0, 1].
+    """
+    x = _rgb(image)
+    if region.shape != x.shape[1:]:
+        raise ValueError(f"expected a region of {tuple(x.shape[1:])} pixels, got {tuple(region.shape)}")
+    if width < 1:
+        raise ValueError(f"expected a line of at least one pixel, got width={width}")
+    outside = F.pad((~region).to(x)[None, None], (width,) * 4, value=1.0)
+    near = F.max_pool2d(outside, 2 * width + 1, stride=1)[0, 0] > 0
+    return torch.where(region & near, x.new_tensor(color).view(3, 1, 1), x)
+
+
 def to_pil(image: Float[Tensor, "ch h w"]) -> Image.Image:
     """Turn an image in [0, 1] into an 8-bit RGB picture.
 
@@ -119,31 +147,43 @@ def grid(
     *,
     columns: Sequence[str] = (),
     titles: Sequence[str] = (),
+    captions: Sequence[Sequence[str]] = (),
+    blocks: Sequence[tuple[str, int]] = (),
     cell: int = 160,
     gap: int = 8,
 ) -> Image.Image:
     """Draw a contact sheet: one line of pictures a row, `columns` above them and row `titles` at their left.
 
-    Pictures are fitted into square cells of `cell` pixels, `gap` pixels apart; None leaves its cell gray.
+    Pictures are fitted into square cells of `cell` pixels, `gap` pixels apart; None leaves its cell gray. `captions`
+    has a line of texts a row, one below each picture, and may leave a row's empty. `blocks` are names of so many rows
+    each, from the top: blocks stand apart, with their names upright at the far left.
 
     Raises:
-        ValueError: no picture, rows of different lengths, or not one title a row and column.
+        ValueError: no picture, rows of different lengths, not one title a row and column, captions that are not those
+            of the rows, or blocks of another number of rows.
     """
     width = _check_sheet(rows, columns, titles)
-    font = ImageFont.load_default(max(10, cell // 11))
+    _check_groups(rows, captions, blocks)
+    font = ImageFont.load_default(max(12, cell // 11))
     above, left = [_wrap(name, cell, font) for name in columns], [_wrap(name, cell, font) for name in titles]
+    below = [[_wrap(text, cell, font) for text in line] for line in captions] or [[] for _ in rows]
+    heights = [cell + (_height(line, font) + gap if line else 0) for line in below]
+    apart = dict.fromkeys(accumulate(count for _, count in blocks), 2 * gap)
     top = gap + _height(above, font) + (gap if columns else 0)
-    side = gap + _width(left, font) + (gap if titles else 0)
-    step = cell + gap
-    sheet = Image.new("RGB", (side + step * width, top + step * len(rows)), PAPER)
-    draw = ImageDraw.Draw(sheet)
-    for i, lines in enumerate(above):
-        draw.text((side + i * step + cell / 2, top - gap), "\n".join(lines), INK, font, anchor="md", align="center")
-    for j, lines in enumerate(left):
-        draw.text((gap, top + j * step + cell / 2), "\n".join(lines), INK, font, anchor="lm")
-    for j, row in enumerate(rows):
+    tops = [*accumulate((height + gap + apart.get(j, 0) for j, height in enumerate(heights[:-1], 1)), initial=top)]
+    spines = _spines(blocks, tops, heights, font)
+    spine = max((one.width for one, _ in spines), default=0)
+    edge = gap + (spine + gap if spine else 0)
+    side, step = edge + _width(left, font) + (gap if titles else 0), cell + gap
+    sheet = Image.new("RGB", (side + step * width, tops[-1] + heights[-1] + gap), PAPER)
+    for one, middle in spines:
+        sheet.paste(INK, (gap + spine - one.width, middle - one.height // 2), one)
+    _write(sheet, above, [(side + i * step + cell // 2, top - gap) for i in range(width)], font, "md")
+    _write(sheet, left, [(edge, start + cell // 2) for start in tops], font, "lm")
+    for start, row, lines in zip(tops, rows, below, strict=True):
         for i, image in enumerate(row):
-            _paste(sheet, image, (side + i * step, top + j * step), cell)
+            _paste(sheet, image, (side + i * step, start), cell)
+        _write(sheet, lines, [(side + i * step + cell // 2, start + cell + gap // 2) for i in range(width)], font, "ma")
     return sheet
 
 
@@ -209,23 +249,67 @@ def _check_sheet(rows: Sequence[Sequence[object]], columns: Sequence[str], title
     return width
 
 
-def _wrap(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> list[str]:
-    """Break a title into lines that fit, behind spaces and underscores; a longer word stays whole."""
-    lines = [""]
-    for word in text.replace("_", "_\0").replace(" ", " \0").split("\0"):
-        if lines[-1] and font.getlength((lines[-1] + word).rstrip()) > width:
-            lines.append("")
-        lines[-1] += word
+def _check_groups(
+    rows: Sequence[Sequence[object]], captions: Sequence[Sequence[str]], blocks: Sequence[tuple[str, int]]
+) -> None:
+    """Check that captions and blocks are those of the rows."""
+    if captions and [len(line) or len(rows[0]) for line in captions] != [len(row) for row in rows]:
+        raise ValueError(
+            f"expected {len(rows)} rows of {len(rows[0])} captions or none, got {[len(line) for line in captions]}"
+        )
+    counts = [count for _, count in blocks]
+    if blocks and (min(counts) < 1 or sum(counts) != len(rows)):
+        raise ValueError(f"expected blocks of {len(rows)} rows in all, got {counts}")
+
+
+def _wrap(text: str, width: int, font: Font) -> list[str]:
+    """Break a title into lines that fit, between words and parts of words; a longer part breaks anywhere."""
+    lines: list[str] = []
+    for part in text.split("\n"):
+        lines.append("")
+        for word in re.split(r"(?<=[ _/,-])|(?=[(?])", part):
+            for piece in [word] if font.getlength(word.rstrip()) <= width else word:
+                if lines[-1] and font.getlength((lines[-1] + piece).rstrip()) > width:
+                    lines.append("")
+                lines[-1] += piece
     return [line.rstrip() for line in lines]
 
 
-def _height(titles: Sequence[Sequence[str]], font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> int:
+def _spines(
+    blocks: Sequence[tuple[str, int]], tops: Sequence[int], heights: Sequence[int], font: Font
+) -> list[tuple[Image.Image, int]]:
+    """Return the names of the blocks, written upwards, and the middles of their rows."""
+    drawn: list[tuple[Image.Image, int]] = []
+    ends = list(accumulate(count for _, count in blocks))
+    for (name, count), end in zip(blocks, ends, strict=True):
+        start, stop = tops[end - count], tops[end - 1] + heights[end - 1]
+        lines = _wrap(name, stop - start, font) if name else []
+        text = Image.new("L", (_width([lines], font), _height([lines], font)))
+        ImageDraw.Draw(text).text((text.width / 2, 0), "\n".join(lines), 255, font, anchor="ma", align="center")
+        drawn.append((text.transpose(Image.Transpose.ROTATE_90), (start + stop) // 2))
+    return drawn
+
+
+def _write(
+    sheet: Image.Image,
+    titles: Sequence[Sequence[str]],
+    places: Sequence[tuple[int, int]],
+    font: Font,
+    anchor: str,
+) -> None:
+    """Write titles at their places; without titles, nothing."""
+    draw = ImageDraw.Draw(sheet)
+    for lines, place in zip(titles, places, strict=False):
+        draw.text(place, "\n".join(lines), INK, font, anchor=anchor, align="left" if anchor[0] == "l" else "center")
+
+
+def _height(titles: Sequence[Sequence[str]], font: Font) -> int:
     """Return the height of the tallest title."""
     draw = ImageDraw.Draw(Image.new("RGB", (1, 1)))
     return max((round(draw.textbbox((0, 0), "\n".join(lines), font=font)[3]) for lines in titles), default=0)
 
 
-def _width(titles: Sequence[Sequence[str]], font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> int:
+def _width(titles: Sequence[Sequence[str]], font: Font) -> int:
     """Return the width of the widest line."""
     return max((round(font.getlength(line)) for lines in titles for line in lines), default=0)
 
