@@ -3,6 +3,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from sightline.methods import METHODS
 from sightline.recipes import Recipe
 from sightline.runs import Choice, Run
 from sightline.settings import method_of
+from sightline.training import logged
 
 COLORS = {"blue": (30, 30, 220), "green": (30, 200, 40), "red": (220, 30, 30)}
 
@@ -116,6 +118,12 @@ def test_a_folder_belongs_to_one_training(data, trained, tmp_path):
     assert path.read_bytes() == before
 
 
+def test_a_folder_in_which_nothing_began_is_free(data, trained, tmp_path):
+    with pytest.raises(FileNotFoundError, match="no file nowhere"):
+        learn("calm", recipe(data, "nowhere.safetensors"), tmp_path)
+    assert learn("calm", recipe(data, trained, settings={"epochs": 1, "batch": 6}), tmp_path).exists()
+
+
 def test_other_weights_to_start_from_make_another_training(data, tmp_path):
     files = []
     for seed in (0, 1):
@@ -200,6 +208,16 @@ def test_tensorboard_gets_the_metrics(data, trained, tmp_path):
     options = [token for key, value in CALM.items() for token in ("--set", f"{key}={value}")]
     run("train", "calm", "--data", data, "--model", trained, *options, "--out", tmp_path, "--track", "tensorboard")
     assert list((tmp_path / "logs" / "version_0").glob("events.*"))
+
+
+def test_a_missing_tensorboard_is_told(monkeypatch, tmp_path):
+    def missing(*_, **__):
+        raise ModuleNotFoundError("No module named 'tensorboard'")
+
+    monkeypatch.setattr("lightning_fabric.loggers.tensorboard.TensorBoardLogger.__init__", missing)
+    told = r"pip install 'sightline\[tensorboard\]', or take csv"
+    with pytest.raises(ValueError, match=told), logged(tmp_path, "tensorboard"):
+        pass
 
 
 def test_a_missing_folder_is_told(capsys):
@@ -302,6 +320,23 @@ def start(folder, processes, *arguments):
     return subprocess.Popen(
         command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
+
+
+def test_a_killed_casm_goes_on_bit_for_bit(data, trained, tmp_path):
+    settings = {**CASM, "epochs": 8, "encoder": "separate"}
+    options = [token for key, value in settings.items() for token in ("--set", f"{key}={value}")]
+    common = ["train", "casm", "--data", data, "--model", trained, *options, "--out"]
+    process = start(tmp_path, 1, *common, tmp_path / "killed")
+    checkpoint = tmp_path / "killed" / "checkpoint.pt"
+    while process.poll() is None and not checkpoint.exists():
+        time.sleep(0.02)
+    process.kill()
+    process.communicate()
+    assert not (tmp_path / "killed" / "casm.safetensors").exists()
+    for name in ("killed", "whole"):
+        run(*common, tmp_path / name)
+    killed, whole = ((tmp_path / name / "casm.safetensors").read_bytes() for name in ("killed", "whole"))
+    assert killed == whole
 
 
 def test_two_processes_give_the_loss_curve_of_one(data, tmp_path):

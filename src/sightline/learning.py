@@ -81,7 +81,8 @@ def learn(kind: str, recipe: Recipe, out: Path | str, *, fresh: bool = True, rep
 def claim(kind: str, recipe: Recipe, folder: Path) -> None:
     """Write into a folder which training it belongs to, and what weights that starts from.
 
-    What only says how the result is stored or measured may change, and the number of trials.
+    What only says how the result is stored or measured may change, and the number of trials; all may, as long as
+    nothing is there but logs.
 
     Raises:
         ValueError: it belongs to another training.
@@ -91,12 +92,13 @@ def claim(kind: str, recipe: Recipe, folder: Path) -> None:
     told = {"kind": kind} | {name: value for name, value in plain.items() if name not in apart}
     told |= {"weights": checksums(plain)}
     text, path = json.dumps(told, indent=1, sort_keys=True, default=list) + "\n", folder / CLAIM
-    if path.exists() and (there := path.read_text(encoding="utf-8")) != text:
+    begun = path.exists() and any(one.name not in (CLAIM, "logs") for one in folder.iterdir())
+    if begun and (there := path.read_text(encoding="utf-8")) != text:
         old, new = json.loads(there), json.loads(text)
         names = [name for name in sorted({*old, *new}) if old.get(name) != new.get(name)]
         differ = "; ".join(f"{name} was {old.get(name)} and is {new.get(name)}" for name in names)
         raise ValueError(f"{folder} belongs to another training: {differ}; delete it, or take another --out")
-    if first() and not path.exists():
+    if first() and not begun:
         write_text(path, text)
 
 

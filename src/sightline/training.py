@@ -421,7 +421,7 @@ def logged(folder: Path, kind: str | None) -> Iterator[Callable[[Progress], None
     Every start gets a folder of its own, `version_0`, `version_1` ...; a line is written as soon as its step is done.
 
     Raises:
-        ModuleNotFoundError: tensorboard is not installed.
+        ValueError: tensorboard is not installed.
     """
     if kind is None:
         yield lambda at: None
@@ -429,8 +429,11 @@ def logged(folder: Path, kind: str | None) -> Iterator[Callable[[Progress], None
     from lightning_fabric.loggers.csv_logs import CSVLogger
     from lightning_fabric.loggers.tensorboard import TensorBoardLogger
 
-    made = CSVLogger(folder, name="", flush_logs_every_n_steps=1) if kind == "csv" else None
-    logger = TensorBoardLogger(folder, name="") if made is None else made
+    try:
+        made = CSVLogger(folder, name="", flush_logs_every_n_steps=1) if kind == "csv" else None
+        logger = TensorBoardLogger(folder, name="") if made is None else made
+    except ModuleNotFoundError as error:
+        raise ValueError("logs for tensorboard need it: pip install 'sightline[tensorboard]', or take csv") from error
     try:
         yield lambda at: logger.log_metrics({"epoch": at.epoch, **at.metrics}, at.done)
     finally:
