@@ -58,7 +58,8 @@ class CalmConfig:
     `objective` is "ml" or "em". In "em" the posterior comes from a teacher theta': "current", the network of this step,
     as published (then the gradient is that of "ml"); "lagged", a copy taken every `lag` steps, so `lag` M-steps an
     E-step; or "ema", theta' <- `decay_teacher` theta' + (1 - `decay_teacher`) theta after each step. A teacher runs in
-    the network's own mode, on the same batch, and draws (dropout) alike: its age is the only difference.
+    the network's own mode, on the same batch, and draws (dropout) alike: its age is the only difference. On creatures
+    "current" gave the better maps (docs/findings.md).
 
     Parameters that `slow` names learn at `lr`, all others at `ratio` times that; without names all of the trunk is slow
     but its last stage (`last_stage`). By "prefix" a name is that of a part of the trunk; by "substring" it may stand
