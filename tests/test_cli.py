@@ -311,6 +311,21 @@ def test_evaluate_averages_over_several_models(capsys: pytest.CaptureFixture[str
     assert "seed=2" in (tmp_path / "page.html").read_text()
 
 
+def test_scenes_of_models_with_methods_of_their_own_get_a_table_each(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+):
+    spec, out = tmp_path / "spec.toml", tmp_path / "out"
+    spec.write_text(
+        'data = "creatures?count=2"\nmetrics = ["area"]\nbatch = 2\n'
+        '[[scene]]\nmodel = "mini_vgg?classes=20"\nmethod = ["center", "gradient"]\n'
+        '[[scene]]\nmodel = "mini_resnet"\nmethod = "cam"\n'
+    )
+    code, _, err = call(capsys, "evaluate", spec, "--out", out)
+    assert code == 0, err
+    assert (out / "table.md").read_text().count("###") == 2
+    assert sorted(path.name for path in out.rglob("*.json")) == ["cam.json", "center.json", "gradient.json"]
+
+
 def test_scenes_are_data_sets_of_one_specification_with_a_folder_each(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ):

@@ -119,7 +119,7 @@ def kept(keep: Path | None, home: Path, out: Path) -> Path | None:
 
 
 def tabled(runs: "Sequence[Run]") -> "list[Table]":
-    """Return a table of each data set; of several models the mean."""
+    """Return a table of each data set; of several models with the same methods the mean, else a table each."""
     from sightline import table
 
     groups: dict[str, list[Run]] = {}
@@ -127,7 +127,10 @@ def tabled(runs: "Sequence[Run]") -> "list[Table]":
         groups.setdefault(conditions(one.spec), []).append(one)
     drawn: list[Table] = []
     for group in groups.values():
-        many = len({str(one.spec.model) for one in group}) > 1
+        methods: dict[str, set[str]] = {}
+        for one in group:
+            methods.setdefault(str(one.spec.model), set()).add(str(one.spec.method))
+        many = len(methods) > 1 and len({frozenset(names) for names in methods.values()}) == 1
         drawn += [table.across(group)] if many else table.tables(group)
     return drawn
 
