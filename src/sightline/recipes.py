@@ -1,6 +1,5 @@
 """Recipes. What a training is told, as plain data: a TOML file that can be written out, edited and run again."""
 
-import tomllib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 import tomli_w
 
 from sightline.registry import unknown
-from sightline.runs import Choice, without_none, write_text
+from sightline.runs import Choice, read_toml, without_none, write_text
 
 KINDS: Mapping[str, Any] = {
     "seed": int,
@@ -88,10 +87,9 @@ class Recipe:
             FileNotFoundError: no such file.
             LookupError, TypeError, ValueError: not TOML, or no recipe; the message names the file.
         """
+        table = read_toml(path)
         try:
-            return cls.of({**defaults, **tomllib.loads(Path(path).read_text(encoding="utf-8"))})
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} is not TOML: {error}") from error
+            return cls.of({**defaults, **table})
         except (LookupError, TypeError, ValueError) as error:
             raise type(error)(f"{path}: {error.args[0] if error.args else error}") from error
 

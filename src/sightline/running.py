@@ -273,6 +273,13 @@ def run(
     return Run(spec, scores, recorded, provenance(), classes, dict(on.dataset.skipped), pictures)
 
 
+def finished(spec: Spec, path: Path) -> Run | None:
+    """Return the run in a file, if it is of this specification and of the weights that are there now."""
+    kept = Run.read(path) if path.exists() else None
+    same = kept is not None and kept.spec == spec and kept.arguments.get("weights") == weights_of(spec).get("weights")
+    return kept if same else None
+
+
 def weights_of(spec: Spec) -> dict[str, Any]:
     """Return the checksums of the files that a specification names, as `weights`; nothing where there is none.
 

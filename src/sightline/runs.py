@@ -150,6 +150,19 @@ class Spec:
         return {key: value for key, value in {**table, **chosen, "metrics": metrics}.items() if value is not None}
 
 
+def read_toml(path: Path | str) -> dict[str, Any]:
+    """Read a TOML file.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not TOML.
+    """
+    try:
+        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not TOML: {error}") from error
+
+
 def read_specs(path: Path | str) -> tuple[Spec, ...]:
     """Read a TOML file; where `method` or `model` is a list, return one specification of each model and method.
 
@@ -160,10 +173,7 @@ def read_specs(path: Path | str) -> tuple[Spec, ...]:
         FileNotFoundError: no such file.
         TypeError, ValueError: not TOML, or not a specification.
     """
-    try:
-        table = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not TOML: {error}") from error
+    table = read_toml(path)
     scenes = table.pop("scene", [{}])
     if not isinstance(scenes, list) or not scenes or not all(isinstance(one, Mapping) for one in scenes):
         raise TypeError(f"{path}: expected [[scene]] tables, got {scenes!r}")

@@ -22,7 +22,6 @@ was killed goes on.
 """
 
 import json
-import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,8 +31,8 @@ from typing import Any
 from sightline.learning import LEARNERS, claim, configured, learn
 from sightline.recipes import Recipe
 from sightline.registry import find, unknown
-from sightline.running import named, run, weights_of
-from sightline.runs import Run, Spec, file_name, write_text
+from sightline.running import finished, named, run
+from sightline.runs import Run, Spec, file_name, read_toml, write_text
 from sightline.training import Progress
 
 TRAINING = "train"
@@ -78,10 +77,7 @@ class Study:
             TypeError, ValueError: not TOML, no seeds or rows, a name twice, or a recipe or specification that does not
                 fit; all is checked before any work.
         """
-        try:
-            table = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} is not TOML: {error}") from error
+        table = read_toml(path)
         known = ("title", "seeds", "train", "evaluate")
         for name in table:
             if name not in known:
@@ -221,13 +217,6 @@ def trained(one: Training, places: Mapping[str, str], home: Path, tell: Told) ->
         tell(f"{one.name}, seed {places['seed']}", at.done, at.total, at.note)
 
     return learn(one.kind, recipe, home, fresh=False, report=report)
-
-
-def finished(spec: Spec, path: Path) -> Run | None:
-    """Return the run in a file, if it is of this specification and of the weights that are there now."""
-    kept = Run.read(path) if path.exists() else None
-    same = kept is not None and kept.spec == spec and kept.arguments.get("weights") == weights_of(spec).get("weights")
-    return kept if same else None
 
 
 def evaluated(spec: Spec, path: Path, label: str, tell: Told) -> Run:

@@ -69,7 +69,7 @@ def command(
     homes = places(specs, out)
     opened = lru_cache(1)(lambda place: scene(specs[homes.index(place)]))
     made = [
-        finished(one, partial(opened, home), home, kept(keep, home, out), again, "all" in method, f"{i}/{len(specs)}")
+        run_of(one, partial(opened, home), home, kept(keep, home, out), again, "all" in method, f"{i}/{len(specs)}")
         for i, (one, home) in enumerate(zip(specs, homes, strict=True), 1)
     ]
     runs = [one for one in made if one is not None]
@@ -165,7 +165,7 @@ def plain(spec: "Spec") -> dict[str, Any]:
     return {name: getattr(spec, name) for name in spec.__dataclass_fields__}
 
 
-def finished(
+def run_of(
     spec: "Spec",
     opened: "Callable[[], Scene]",
     out: Path,
@@ -180,15 +180,14 @@ def finished(
     """
     from sightline.classifier import UnsuitedError
     from sightline.cli._options import bar
-    from sightline.running import run, weights_of
-    from sightline.runs import Run, file_name
+    from sightline.running import finished, run
+    from sightline.runs import file_name
 
     path = out / f"{file_name(str(spec.method))}.json"
-    if path.exists() and not again:
-        kept = Run.read(path)
-        if kept.spec == spec and kept.arguments.get("weights") == weights_of(spec).get("weights"):
-            click.echo(f"kept {path}", err=True)
-            return kept
+    kept = None if again else finished(spec, path)
+    if kept is not None:
+        click.echo(f"kept {path}", err=True)
+        return kept
     try:
         with bar() as progress:
             task = progress.add_task(f"{place} {spec.method}", total=None, note="")
