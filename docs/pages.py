@@ -1,11 +1,13 @@
 """Write a page of every method and combinator into docs/methods, and with --pictures its picture too; and a page of
 every metric and protocol into docs/metrics.
 
-The pictures explain drawn creatures with the embedded network; those of attention need a trained transformer:
+The pictures explain drawn creatures with the embedded network; those of attention and of segmenters need trained ones:
 
     sightline train classifier --data "creatures?split=train" --test "creatures?split=test" \
         --model "mini_vit?dim=96&depth=4" --epochs 12 --set augment=flip+crop --set optimizer=adamw --set lr=0.001 \
         --set weight_decay=0.05 --set batch=64 --out out/creatures-vit
+    sightline train segmenter --model "mini_seg?weights=creatures" --data "creatures?split=train&count=2000" \
+        --test "creatures?split=test&count=200" --epochs 3 --out out/creatures-segmenter
 """
 
 import inspect
@@ -34,7 +36,13 @@ JUDGES = tomllib.loads((HERE / "metrics.toml").read_text(encoding="utf-8"))
 DIRECTIONS = {True: "higher is better", False: "lower is better", None: "neither higher nor lower is better"}
 SHOWN = (3, 11, 46)
 TRANSFORMER = Path("out/creatures-vit/classifier.safetensors")
-MODELS = {"cnn": "torchvision:resnet50", "transformer": "torchvision:vit_b_16", "calm": "calm.safetensors"}
+SEGMENTER = Path("out/creatures-segmenter/segmenter.safetensors")
+MODELS = {
+    "cnn": "torchvision:resnet50",
+    "transformer": "torchvision:vit_b_16",
+    "calm": "calm.safetensors",
+    "segmenter": "segmenter.safetensors",
+}
 """Kind of network -> the model of the example on a page."""
 EXAMPLES = {
     "over": Choice("over(grad_cam)", {"classes": [1, 3, 4, 5]}),
@@ -76,7 +84,8 @@ def page(name: str) -> str:
 def kind(name: str) -> str:
     """Return which kind of network a method's picture shows."""
     needs = METHODS[name].needs if name in METHODS else ()
-    return "transformer" if "attention" in needs else "calm" if "CALM" in needs else "cnn"
+    special = {"attention": "transformer", "CALM": "calm", "segmenter": "segmenter"}
+    return next((special[need] for need in needs if need in special), "cnn")
 
 
 def command(name: str) -> str:
@@ -195,8 +204,8 @@ def main() -> None:
         return
     wanted = sys.argv[sys.argv.index("--pictures") + 1 :] or names
     classifiers = {"cnn": load("creatures"), "calm": load("creatures_calm")}
-    if TRANSFORMER.exists():
-        classifiers["transformer"] = load(str(TRANSFORMER))
+    trained = {"transformer": TRANSFORMER, "segmenter": SEGMENTER}
+    classifiers |= {name: load(str(path)) for name, path in trained.items() if path.exists()}
     for name in wanted:
         (folder / f"{name}.jpg").write_bytes(picture(name, classifiers))
         print(folder / f"{name}.jpg", flush=True)

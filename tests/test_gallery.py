@@ -424,7 +424,7 @@ def test_images_of_one_class_may_be_fewer(tmp_path, capsys):
         (["--show", "pairs"], "--show pairs needs --against"),
         (["--show", "pairs", "--against", "moon newt"], "no class called 'moon newt'"),
         (["--show", "masks", "--truth", "mask"], "--truth belongs to --show maps, and this is --show masks"),
-        (["--as-is"], "--as-is belongs to --show masks or boxes or pairs, and this is --show maps"),
+        (["--as-is"], "--as-is belongs to --show masks or boxes or pairs or segments, and this is"),
         (["--show", "masks", "--as-is", "--method", "edge"], "--as-is takes maps in [0, 1], and those of edge lie in"),
         (["--show", "boxes", "--rule", "soft"], "--rule soft marks no region that a box could go around"),
         (["--show", "masks", "--erase", "blak"], "no eraser called 'blak'; did you mean black"),

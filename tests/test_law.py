@@ -12,18 +12,18 @@ import torch
 from torch import nn
 
 from sightline.classifier import Classifier, check_labels, wrap
-from sightline.explainers import surgery
+from sightline.explainers import Segmenter, surgery
 from sightline.methods import METHODS, Entry
 from sightline.models import MiniResNet
 
 LACKS = {
-    "pooled": {"attention", "CALM"},
-    "curved": {"attention", "CALM", "linear head", "plain CNN", "convolutions"},
-    "mini": {"attention", "CALM"},
+    "pooled": {"attention", "CALM", "segmenter"},
+    "curved": {"attention", "CALM", "segmenter", "linear head", "plain CNN", "convolutions"},
+    "mini": {"attention", "CALM", "segmenter"},
 }
 """Network -> what it does not offer."""
 
-SPECIAL = {"attention": "tokens", "CALM": "latent"}
+SPECIAL = {"attention": "tokens", "CALM": "latent", "segmenter": "spatial"}
 """What few networks offer -> one that does."""
 
 IMAGES_ALONE = {"casm"}
@@ -78,9 +78,34 @@ def latent(pooled):
     return surgery(pooled, seed=3)
 
 
+class Pixels(nn.Module):
+    """Logits of five classes and the background at every pixel."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.drop, self.head = nn.Conv2d(3, 8, 5, padding=2), nn.Identity(), nn.Conv2d(8, 6, 1)
+
+    def forward(self, x):
+        return self.head(self.drop(self.first(x).relu()))
+
+
+@pytest.fixture
+def spatial(seeded):
+    return wrap(Segmenter(seeded(Pixels, seed=3), 5), layer="network.first", normalization="none", size=(24, 32))
+
+
 def body(classifier):
-    """The network that runs, of a CALM its trunk."""
-    return getattr(classifier.model, "trunk", classifier.model)
+    """The network that runs: of a CALM its trunk, of a segmenter what is inside."""
+    model = classifier.model
+    return model.network if isinstance(model, Segmenter) else getattr(model, "trunk", model)
+
+
+def inside(classifier, network):
+    """A classifier like another one, around another network."""
+    if isinstance(classifier.model, Segmenter):
+        return replace(classifier, model=Segmenter(network, classifier.model.classes))
+    other = replace(classifier, model=network)
+    return other if body(classifier) is classifier.model else surgery(replace(other, layer="last"))
 
 
 def quick(name):
@@ -286,8 +311,7 @@ def test_the_sign_is_what_the_entry_says(name, classifier, x):
 
 @every_method
 def test_controls_know_nothing_of_the_classifier_and_all_others_do(name, fitting, x, y, seeded):
-    other = replace(fitting, model=seeded(type(body(fitting)), seed=9))
-    other = surgery(replace(other, layer="last")) if body(fitting) is not fitting.model else other
+    other = inside(fitting, seeded(type(body(fitting)), seed=9))
     equal = torch.equal(quick(name)(fitting, x, y), quick(name)(other, x, y))
     assert equal == (METHODS[name].control or name in IMAGES_ALONE)
     assert not (METHODS[name].control and (METHODS[name].class_specific or METHODS[name].needs))
@@ -305,7 +329,11 @@ class Detached(nn.Module):
         return self.inner(x)
 
 
-@pytest.mark.parametrize("name", [name for name, entry in METHODS.items() if "CALM" not in entry.needs])
+KIND = {"CALM", "segmenter"}
+"""What is no part of a network, but the network itself."""
+
+
+@pytest.mark.parametrize("name", [name for name, entry in METHODS.items() if not KIND & {*entry.needs}])
 def test_gradients_are_needed_where_the_entry_says_so(name, fitting, x, y, trace, plain):
     blind = replace(fitting, model=Detached(fitting.model), layer=f"inner.{fitting.layer}")
     changed = trace(blind.model, x, y)

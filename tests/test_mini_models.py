@@ -412,7 +412,8 @@ def test_a_flat_head_reads_every_cell(size, stride, cells):
 
 def test_the_catalogue_names_what_it_builds():
     gap = ["resnet50_gap", "vgg16_gap", "inception_v3_gap"]
-    assert list(MODELS) == ["creatures", "creatures_calm", "mini_resnet", "mini_vgg", "mini_vit", *gap, "calm", "none"]
+    mini = ["mini_resnet", "mini_vgg", "mini_vit", "kernel_net"]
+    assert list(MODELS) == ["creatures", "creatures_calm", *mini, *gap, "mini_seg", "lraspp", "calm", "none"]
     assert all(entry.summary for entry in MODELS.values())
     assert isinstance(MODELS["mini_vit"](depth=1).model, MiniViT)
     assert set(models.__all__) <= set(dir(models))

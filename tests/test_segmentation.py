@@ -1,20 +1,24 @@
 """Segmentation: every pixel counted by hand, one threshold after the other."""
 
+import importlib.util
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sightline.backgrounds import basic, labels_at, resolve_of
+from sightline.classifier import wrap
 from sightline.data import Sample
+from sightline.datasets import creatures
 from sightline.evaluation import Maps
+from sightline.maps import by_maximum
 from sightline.methods._cam import cam
 from sightline.methods._grad_cam import grad_cam
 from sightline.metrics._segmentation import (
     REGIONS,
-    by_maximum,
     confusion,
     fg_precision,
     four_regions,
@@ -24,6 +28,7 @@ from sightline.metrics._segmentation import (
     share,
 )
 from sightline.protocols._segmentation import THRESHOLDS, segmentation
+from sightline.running import Relabeled
 
 H, W, K = 24, 32, 5
 PERCENT = ("miou", *(f"{name}{end}" for name in ("fg_precision", "dr_recall", "ndr_recall") for end in ("", "_micro")))
@@ -372,6 +377,304 @@ def test_what_is_wrong_is_said(curved, scenes, tables, plain):
         segmentation(maps, curved, scenes, normalize="maximum")
     with pytest.raises(ValueError, match="no image was measured"):
         segmentation(maps, curved, [])
+
+
+# Background resolve
+
+RESOLVED = ["basic", "smooth", "smooth?size=5&sigma=1.5&renormalize=false", "superpixel?scale=20&min_size=9"]
+CRF = ["crf?threshold=0.2"] if importlib.util.find_spec("pydensecrf") else []
+
+
+def by_labels(samples, maps, cams, threshold, resolve, everyone=False, tau_cam=0.25):
+    """All four numbers from the label maps of one threshold."""
+    matrix, said, true, region = torch.zeros(K + 1, K + 1).long(), [], [], []
+    for one in samples:
+        key = float(one.image[0, 0, 0])
+        there, competing = classes_of(one)
+        competing = sorted(range(K) if everyone else competing)
+        S = torch.tensor([normalized(maps[key, k]) for k in competing], dtype=torch.float64).view(-1, H, W)
+        predicted = labels_at(resolve(one.image, S), competing, threshold)
+        matrix += confusion(predicted, one.mask, K + 1)
+        found = torch.zeros(H, W, dtype=torch.bool)
+        for k in there:
+            found |= (one.mask == k + 1) & (torch.tensor(normalized(cams[key, k])) >= tau_cam)
+        said, true, region = [*said, predicted], [*true, one.mask], [*region, found]
+    predicted, truth, found = torch.stack(said), torch.stack(true), torch.stack(region)
+    numbers = {"miou": mean_iou(matrix)}
+    for end, average in (("", "macro"), ("_micro", "micro")):
+        numbers[f"fg_precision{end}"] = fg_precision(matrix, average)
+        numbers[f"dr_recall{end}"] = recall_on(found, predicted, truth, K + 1, average)
+        numbers[f"ndr_recall{end}"] = recall_on(~found, predicted, truth, K + 1, average)
+    return numbers
+
+
+@pytest.mark.parametrize("compete", ["present", "all"])
+@pytest.mark.parametrize("resolve", [*RESOLVED, *CRF])
+def test_the_sweep_is_the_label_maps_of_each_threshold(curved, scenes, tables, resolve, compete):
+    thresholds = (0.01, 0.1, 0.3, 0.5, 0.77)
+    maps, cams = (given_maps(table) for table in tables)
+    settings = {"by": cams, "thresholds": thresholds, "compete": compete}
+    found = segmentation(maps, curved, scenes, resolve=resolve, **settings)
+    expected = [by_labels(scenes, *tables, t, resolve_of(resolve), compete == "all") for t in thresholds]
+    for name in PERCENT:
+        same(found[name].curve, [one[name] for one in expected])
+    unresolved = segmentation(maps, curved, scenes, **settings)
+    same([found[name].value for name in REGIONS], [unresolved[name].value for name in REGIONS])
+    if resolve != "basic":
+        assert found["miou"].curve != unresolved["miou"].curve
+
+
+def test_a_resolve_sees_each_image_and_the_maps_that_compete(curved, scenes, tables):
+    seen = []
+
+    def resolve(image, maps):
+        seen.append((image, maps))
+        return maps
+
+    found = segmentation(given_maps(tables[0]), curved, scenes, resolve=resolve, by=given_maps(tables[1]), batch=2)
+    assert len(seen) == len(scenes)
+    for one, (image, maps) in zip(scenes, seen, strict=True):
+        key = float(one.image[0, 0, 0])
+        assert torch.equal(image, one.image)
+        expected = [normalized(tables[0][key, k]) for k in sorted(classes_of(one)[1])]
+        torch.testing.assert_close(maps, torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-12)
+    plain = segmentation(given_maps(tables[0]), curved, scenes, resolve=basic, by=given_maps(tables[1]))
+    assert found["miou"].curve == plain["miou"].curve
+
+
+def test_nothing_is_resolved_where_nothing_competes(curved):
+    def resolve(image, maps):
+        raise AssertionError
+
+    one = sample(0, painted(0, (1, 3)), labels=torch.zeros(K, dtype=torch.long))
+    maps = given_maps(table_of([one], lambda n, k: noise(1, 6, 8, seed=k)))
+    assert segmentation(maps, curved, [one], by=maps, resolve=resolve)["dr_recall"].value == 0
+
+
+@pytest.mark.parametrize("resolve", [*RESOLVED, *CRF])
+def test_the_scale_of_the_maps_changes_nothing(curved, scenes, tables, resolve):
+    maps, cams = (given_maps(table) for table in tables)
+    larger = given_maps({key: 8 * value for key, value in tables[0].items()})
+    one, two = (segmentation(each, curved, scenes, by=cams, resolve=resolve) for each in (maps, larger))
+    assert {name: score.curve for name, score in one.items()} == {name: score.curve for name, score in two.items()}
+
+
+@pytest.mark.parametrize("resolve", ["smooth", "superpixel?min_size=9"])
+def test_neither_batch_nor_order_matter_to_a_resolve(curved, scenes, tables, resolve):
+    maps, cams = (given_maps(table) for table in tables)
+    whole = segmentation(maps, curved, scenes, by=cams, resolve=resolve)
+    parts = segmentation(maps, curved, scenes[::-1], by=cams, resolve=resolve, batch=1)
+    for name, one in whole.items():
+        same((one.value, *one.curve), (parts[name].value, *parts[name].curve))
+
+
+# All classes compete
+
+
+def test_a_segmenter_is_the_argument_of_its_maximum(curved, scenes):
+    """Its map of a class is log p_class - log p_background: at the threshold 0, without image labels."""
+    logits = {float(one.image[0, 0, 0]): 2 * noise(K + 1, H, W, seed=n) for n, one in enumerate(scenes)}
+
+    def segmenter(classifier, x, y=None):
+        p = torch.stack([logits[float(image[0, 0, 0])].log_softmax(0) for image in x])
+        return torch.stack([one[None, label + 1] - one[:1] for one, label in zip(p, y.tolist(), strict=True)])
+
+    found = segmentation(segmenter, curved, scenes, by=segmenter, compete="all", normalize="none", threshold=0.0)
+    matrix = sum(confusion(logits[float(one.image[0, 0, 0])].argmax(0), one.mask, K + 1) for one in scenes)
+    same(found["miou"].value, mean_iou(matrix))
+    same(found["fg_precision"].value, fg_precision(matrix))
+    assert found["threshold"].value == 0
+    swept = segmentation(
+        segmenter, curved, scenes, by=segmenter, compete="all", normalize="none", thresholds=(-1.0, -0.3, 0.0, 0.4)
+    )
+    for i, threshold in enumerate((-1.0, -0.3, 0.0, 0.4)):
+        matrix = torch.zeros(K + 1, K + 1).long()
+        for one in scenes:
+            p = logits[float(one.image[0, 0, 0])]
+            matrix += confusion(labels_at(p[1:] - p[:1], range(K), threshold), one.mask, K + 1)
+        same(swept["miou"].curve[i], mean_iou(matrix))
+
+
+def test_that_all_compete_is_that_all_are_labels(curved, scenes, tables):
+    maps, cams = (given_maps(table) for table in tables)
+    labeled = [replace(one, labels=torch.ones(K, dtype=torch.long)) for one in scenes]
+    everyone = segmentation(maps, curved, scenes, by=cams, compete="all")
+    named = segmentation(maps, curved, labeled, by=cams)
+    assert {name: one.curve for name, one in everyone.items()} == {name: one.curve for name, one in named.items()}
+    assert everyone["miou"].curve != segmentation(maps, curved, scenes, by=cams)["miou"].curve
+
+
+def test_a_cam_is_asked_about_the_classes_in_the_mask_alone(curved, scenes, tables):
+    seen = []
+
+    def by(classifier, x, y=None):
+        seen.extend(zip((float(image[0, 0, 0]) for image in x), y.tolist(), strict=True))
+        return given_maps(tables[1])(classifier, x, y)
+
+    segmentation(given_maps(tables[0]), curved, scenes, by=by, compete="all")
+    assert seen == [(float(one.image[0, 0, 0]), k) for one in scenes for k in sorted(classes_of(one)[0])]
+
+
+# What defines the discriminative region
+
+
+def test_a_reference_defines_what_is_found(curved, pooled, scenes, tables):
+    maps = given_maps(tables[0])
+    for by, of_reference in ((None, cam), (grad_cam, grad_cam)):
+
+        def elsewhere(classifier, x, y=None, of_reference=of_reference):
+            return of_reference(pooled, x, y)
+
+        found = segmentation(maps, curved, scenes, by=by, reference=pooled)
+        expected = segmentation(maps, curved, scenes, by=elsewhere)
+        own = segmentation(maps, curved, scenes, by=by)
+        names = (*PERCENT, *REGIONS)
+        same([found[name].value for name in names], [expected[name].value for name in names])
+        assert found["miou"].curve == own["miou"].curve
+        assert found["dr_recall"].curve != own["dr_recall"].curve
+
+
+def test_a_reference_that_is_the_classifier_changes_nothing(pooled, scenes, tables):
+    one, two = (segmentation(given_maps(tables[0]), pooled, scenes, reference=each) for each in (None, pooled))
+    assert {name: score.value for name, score in one.items()} == {name: score.value for name, score in two.items()}
+
+
+@pytest.fixture
+def twenty(seeded, networks):
+    return wrap(seeded(networks.curved, classes=20, seed=3), layer="last", normalization="none", size=(64, 64))
+
+
+@dataclass(frozen=True)
+class Doubles:
+    """Creatures in float64, as the small networks want them."""
+
+    dataset: object
+    classes: tuple = ()
+    skipped: tuple = ()
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, index):
+        one = self.dataset[index]
+        return replace(one, image=one.image.double())
+
+
+SIDES = {"legs": ("left leg", "right leg"), "wings": ("left wing", "right wing")}
+
+
+def random_maps(classifier, x, y=None):
+    """Maps that are told apart by image and class."""
+    seeds = [int(1e6 * float(image.sum())) % 9973 + 31 * label for image, label in zip(x, y.tolist(), strict=True)]
+    return torch.stack([noise(1, 16, 16, seed=seed) - 0.1 for seed in seeds])
+
+
+def test_true_parts_define_what_is_found(twenty):
+    source = creatures("test", count=5, variant="scenes", seed=2)
+    samples = Doubles(source)
+    found = segmentation(random_maps, twenty, samples, regions="cue", thresholds=(0.2, 0.6), batch=2)
+    hits, sizes, four = ([{}, {}], {}, dict.fromkeys(REGIONS, 0))
+    for n in range(5):
+        one = samples[n]
+        present = sorted({int(v) - 1 for v in one.mask.flatten().tolist()} - {-1})
+        labels = torch.tensor(present)
+        maps = random_maps(twenty, one.image.expand(len(labels), -1, -1, -1), labels)
+        S = torch.nn.functional.interpolate(maps, (64, 64), mode="bilinear")[:, 0]
+        S = S / S.amax((1, 2), keepdim=True)
+        said = [labels_at(S, present, t) for t in (0.2, 0.6)]
+        for k, s in zip(present, S, strict=True):
+            names = [side for part in source.cues(k) for side in SIDES.get(part, (part,))]
+            for r in range(64):
+                for c in range(64):
+                    if one.mask[r, c] == k + 1:
+                        region = "dr" if any(one.parts[name][r, c] for name in names) else "ndr"
+                        sizes[region, k] = sizes.get((region, k), 0) + 1
+                        four[f"{'hsr' if s[r, c] >= 0.15 else 'lsr'}_{region}"] += 1
+                        for i in (0, 1):
+                            hit = int(said[i][r, c]) == k + 1
+                            hits[i][region, k] = hits[i].get((region, k), 0) + hit
+    for region in ("dr", "ndr"):
+        keys = [key for key in sizes if key[0] == region]
+        assert len(keys) > 2
+        same(found[f"{region}_recall"].curve, [mean([100 * hits[i][k] / sizes[k] for k in keys]) for i in (0, 1)])
+        total = sum(sizes[k] for k in keys)
+        same(found[f"{region}_recall_micro"].curve, [100 * sum(hits[i][k] for k in keys) / total for i in (0, 1)])
+    same([found[name].value for name in REGIONS], [100 * n / sum(four.values()) for n in four.values()])
+    named = segmentation(random_maps, twenty, samples, thresholds=(0.2, 0.6))
+    assert found["miou"].curve == named["miou"].curve
+
+
+def test_true_parts_are_found_under_other_numbers_of_the_classes(twenty):
+    source = creatures("test", count=4, variant="scenes", seed=5)
+    once, again = tuple((7 * n + 3) % 20 for n in range(20)), (*range(5, 20), 4, 3, 2, 1, 0)
+
+    def renumbered(*steps):
+        def method(classifier, x, y=None):
+            labels = y.tolist()
+            for numbers in reversed(steps):
+                labels = [numbers.index(label) for label in labels]
+            return random_maps(classifier, x, torch.tensor(labels))
+
+        return method
+
+    plain = segmentation(random_maps, twenty, Doubles(source), regions="cue")
+    one = Relabeled(source, once, 20)
+    moved = segmentation(renumbered(once), twenty, Doubles(one), regions="cue")
+    two = Relabeled(Doubles(one), again, 20)
+    twice = segmentation(renumbered(once, again), twenty, two, regions="cue")
+    for name in ("dr_recall", "ndr_recall", "dr_recall_micro", "ndr_recall_micro", *REGIONS):
+        same([plain[name].value] * 2, [moved[name].value, twice[name].value])
+
+
+def test_the_truth_has_all_recalls_on_true_parts_whoever_competes(twenty):
+    samples = Doubles(creatures("test", count=3, variant="scenes"))
+    masks = {float(samples[n].image.sum()): samples[n].mask for n in range(3)}
+
+    def truth(classifier, x, y=None):
+        pairs = zip(x, y.tolist(), strict=True)
+        return torch.stack([(masks[float(image.sum())] == label + 1)[None].double() for image, label in pairs])
+
+    for compete in ("present", "all"):
+        found = segmentation(truth, twenty, samples, regions="cue", compete=compete)
+        assert {found[name].value for name in PERCENT} == {100.0}
+        assert found["hsr_dr"].value + found["hsr_ndr"].value == pytest.approx(100)
+
+
+def test_what_is_wrong_with_the_new_settings_is_said(curved, pooled, twenty, scenes, tables, plain):
+    maps = given_maps(tables[0])
+    with pytest.raises(LookupError, match="no choice of competing classes called 'every'; known: all, present"):
+        segmentation(maps, curved, scenes, compete="every")
+    with pytest.raises(LookupError, match="no choice of regions called 'cues'; did you mean cue"):
+        segmentation(maps, curved, scenes, regions="cues")
+    with pytest.raises(LookupError, match="no background resolve called 'super'; did you mean superpixel"):
+        segmentation(maps, curved, scenes, resolve="super")
+    with pytest.raises(LookupError, match="smooth: no setting called 'width'"):
+        segmentation(maps, curved, scenes, resolve={"name": "smooth", "width": 3})
+    with pytest.raises(ValueError, match="the network has 5 classes and the reference 20; take one that was trained"):
+        segmentation(maps, curved, scenes, reference=twenty)
+    names, others = tuple("abcde"), tuple("abdce")
+    named, other = replace(curved, classes=names), replace(pooled, classes=others)
+    with pytest.raises(ValueError, match="class 2 is 'c' for the network and 'd' for the reference"):
+        segmentation(maps, named, scenes, reference=other)
+    for defined in ({"by": cam}, {"reference": pooled}):
+        with pytest.raises(ValueError, match=r"regions='cue' are the data set's own, no CAM's; leave out by= and ref"):
+            segmentation(maps, curved, scenes, regions="cue", **defined)
+    with pytest.raises(
+        ValueError, match=r"only creatures know which pixels truly tell .* and list knows none; take cr"
+    ):
+        segmentation(maps, curved, scenes, regions="cue")
+    bare = Doubles(creatures("test", count=1))
+    partless = replace(bare[0], parts={})
+
+    class Partless(Doubles):
+        def __getitem__(self, index):
+            return partless
+
+    with pytest.raises(ValueError, match="needs a mask and parts, and 'creatures-plain-test-00000-s0' lacks one"):
+        segmentation(random_maps, twenty, Partless(creatures("test", count=1)), regions="cue")
+
+
+# Metrics
 
 
 def test_a_confusion_matrix_by_hand():

@@ -81,6 +81,7 @@ METHODS = {
     "calm_class_given_location": "(classifier, x, y=None, /)",
     "calm_location_given_class": "(classifier, x, y=None, /)",
     "casm": "(classifier, x, y=None, /, *, weights='creatures')",
+    "segmenter": "(classifier, x, y=None, /, *, weights=None)",
     "fake_cam": "(classifier, x, y=None, /)",
     "center": "(classifier, x, y=None, /, *, sigma=0.25)",
     "random": "(classifier, x, y=None, /, *, cells=7, seed=0)",
@@ -151,6 +152,7 @@ METRICS = {
     "entropy": "(*, sides='one', of='saliency')",
     "area": "(*, of='saliency')",
     "area_deviation": "(*, over='data', of='saliency')",
+    "dead_cells": "(*, of='image')",
 }
 
 PROTOCOLS = {
@@ -169,8 +171,9 @@ PROTOCOLS = {
     "segmentation": "(method, classifier, samples, *, thresholds=(0.01, 0.02, 0.03, 0.04, 0.05, 0.06, 0.07, 0.08, "
     "0.09, 0.1, 0.11, 0.12, 0.13, 0.14, 0.15, 0.16, 0.17, 0.18, 0.19, 0.2, 0.21, 0.22, 0.23, 0.24, 0.25, 0.26, "
     "0.27, 0.28, 0.29, 0.3, 0.31, 0.32, 0.33, 0.34, 0.35, 0.36, 0.37, 0.38, 0.39, 0.4, 0.41, 0.42, 0.43, 0.44, "
-    "0.45, 0.46, 0.47, 0.48, 0.49, 0.5), threshold=None, normalize='max', by=None, tau_cam=0.25, tau_sm=0.15, "
-    "batch=16)",
+    "0.45, 0.46, 0.47, 0.48, 0.49, 0.5), threshold=None, normalize='max', resolve='basic', compete='present', "
+    "regions='cam', by=None, reference=None, tau_cam=0.25, tau_sm=0.15, batch=16)",
+    "discriminative_truth": "(method, classifier, samples, *, tau_cam=0.25, batch=16)",
 }
 
 DATASETS = {
@@ -235,6 +238,7 @@ FUNCTIONS = {
         "blur": "(x, sigma, *, padding='reflect', radius=None)",
         "scale": "(size, side=224.0)",
         "scaled": "(saliency, size, mode='bilinear')",
+        "by_maximum": "(maps)",
         "peak": "(saliency)",
         "threshold": "(saliency, alpha, rule='value')",
         "boxes": "(mask, size)",
@@ -266,6 +270,9 @@ FUNCTIONS = {
         "train_calm": "(classifier, dataset, config, *, seed=0, out=None, every=200, resume=True, report=None, "
         "accelerator='auto')",
         "search": "(run, *, trials=30, low=1e-05, high=0.1, seed=0, out=None)",
+        "segmenter": "(classifier, x, y=None, /, *, weights=None)",
+        "train_segmenter": "(classifier, dataset, config, *, seed=0, out=None, every=200, resume=True, report=None, "
+        "accelerator='auto')",
     },
     "metrics": METRICS,
     "protocols": {"fit_discs": "(samples)", **PROTOCOLS},
@@ -297,6 +304,22 @@ FUNCTIONS = {
         "learn": "(kind, recipe, out, *, fresh=True, report=None)",
         "configured": "(kind, recipe)",
     },
+    "backgrounds": {
+        "basic": "(image, maps)",
+        "smooth": "(image, maps, *, size=13, sigma=5.0, renormalize=True)",
+        "superpixel": "(image, maps, *, scale=100.0, sigma=0.5, min_size=50, renormalize=False)",
+        "crf": "(image, maps, *, threshold=0.3, iterations=10, confidence=0.7, near=3.0, near_weight=3.0, far=50.0, "
+        "color=5.0, far_weight=10.0)",
+        "resolve_of": "(what)",
+        "labels_at": "(maps, classes, low, high=None)",
+    },
+    "hyperplanes": {"signed_distances": "(classifier, x, y=None, *, tau_cam=0.25, tau_sm=0.15)"},
+    "windows": {
+        "window": "(layers)",
+        "window_in_cells": "(layers)",
+        "measured_windows": "(classifier, *, layers=None, seed=0, tries=8)",
+    },
+    "segmenting": {"segment": "(spec, out, *, report=None)"},
     "study": {
         "conduct": "(study, out, *, seeds=None, told=None)",
         "markdown": "(study, runs)",
@@ -308,7 +331,7 @@ FUNCTIONS = {
         "gradients": "(fabric, loss, parameters, share, *, retain=False)",
         "update": "(optimizer, parameters, gradients, *, clip=None)",
         "averaged": "(fabric, value, share)",
-        "remember": "(dataset, *, most=4294967296)",
+        "remember": "(dataset, *, most=4294967296, masks=False)",
         "logged": "(folder, kind)",
     },
     "models": {
@@ -319,6 +342,7 @@ FUNCTIONS = {
     "data": {"collate": "(samples)", "batches": "(dataset, size, indices=None)"},
 }
 
+MINI = ("mini_resnet", "mini_vgg", "mini_vit", "kernel_net")
 GAP = ("resnet50_gap", "vgg16_gap", "inception_v3_gap")
 
 NAMES = {
@@ -326,7 +350,7 @@ NAMES = {
     "methods.COMBINATORS": list(COMBINATORS),
     "metrics.METRICS": list(METRICS),
     "protocols.PROTOCOLS": list(PROTOCOLS),
-    "models.MODELS": ["creatures", "creatures_calm", "mini_resnet", "mini_vgg", "mini_vit", *GAP, "calm", "none"],
+    "models.MODELS": ["creatures", "creatures_calm", *MINI, *GAP, "mini_seg", "lraspp", "calm", "none"],
     "datasets.DATASETS": list(DATASETS),
     "erase.ERASERS": ["black", "blur", "noise", "telea", "noisy_linear"],
     "classifier.SCORES": ["logit", "log_probability", "probability", "sigmoid"],
@@ -334,17 +358,21 @@ NAMES = {
 
 MODULES = ["classifier", "data", "datasets", "erase", "images", "interchange", "maps", "methods", "metrics", "models"]
 MODULES += [
+    "backgrounds",
     "explainers",
     "gallery",
+    "hyperplanes",
     "learning",
     "protocols",
     "recipes",
     "report",
     "runs",
+    "segmenting",
     "study",
     "supersets",
     "training",
     "viz",
+    "windows",
 ]
 
 

@@ -36,12 +36,12 @@ LAYERS = {"torchvision_resnet": "layer2", "timm_swin": "layers.2"}
 """Network -> another layer than the last one, which has 2 x 2 cells only."""
 
 LACKS = {
-    "mini_resnet": {"CALM", "attention"},
-    "mini_vgg": {"CALM", "attention", "linear head"},
-    "mini_vit": {"CALM", "ReLU", "plain CNN", "convolutions", "linear head"},
-    "torchvision_resnet": {"CALM", "attention", "linear head"},
-    "timm_vit": {"CALM", "ReLU", "plain CNN", "convolutions", "linear head"},
-    "timm_swin": {"CALM", "attention", "ReLU", "plain CNN", "convolutions", "linear head"},
+    "mini_resnet": {"CALM", "segmenter", "attention"},
+    "mini_vgg": {"CALM", "segmenter", "attention", "linear head"},
+    "mini_vit": {"CALM", "segmenter", "ReLU", "plain CNN", "convolutions", "linear head"},
+    "torchvision_resnet": {"CALM", "segmenter", "attention", "linear head"},
+    "timm_vit": {"CALM", "segmenter", "ReLU", "plain CNN", "convolutions", "linear head"},
+    "timm_swin": {"CALM", "segmenter", "attention", "ReLU", "plain CNN", "convolutions", "linear head"},
 }
 """Network -> what it does not offer, in the words of `Entry.needs`."""
 

@@ -25,21 +25,8 @@ _PUBLIC = {
 }
 _CATALOGUES = ("datasets", "explainers", "methods", "metrics", "models", "protocols")
 _MODULES = (
-    *(
-        "classifier",
-        "data",
-        "erase",
-        "gallery",
-        "images",
-        "interchange",
-        "learning",
-        "maps",
-        "recipes",
-        "report",
-        "runs",
-        "study",
-    ),
-    *("supersets", "training", "viz"),
+    *("backgrounds", "classifier", "data", "erase", "gallery", "hyperplanes", "images", "interchange", "learning"),
+    *("maps", "recipes", "report", "runs", "segmenting", "study", "supersets", "training", "viz", "windows"),
     *_CATALOGUES,
 )
 

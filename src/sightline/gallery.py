@@ -3,6 +3,8 @@
 Zolna, Geras and Cho, Classifier-agnostic saliency map extraction, CVIU 2020, figure 2 and the appendix (`masks`).
 Kim, Choe, Akata and Oh, Keep CALM and improve visual feature attribution, ICCV 2021, figures 1, 4 and 7 (`pairs`), 3
 and 8 to 10 (`maps`).
+Maruf, Daw, Dutta, Bu and Karpatne, Beyond discriminative regions: saliency maps as alternatives to CAMs for weakly
+supervised semantic segmentation, 2023, figures 1 and 4 (`regions`), 5 (`segments`), 6 and 7 (`stacked`).
 """
 
 import math
@@ -11,24 +13,29 @@ from dataclasses import dataclass, field, replace
 from typing import Literal, TypeAlias
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
 
 from sightline import viz
+from sightline.backgrounds import Resolve, basic, labels_at
 from sightline.classifier import Classifier, Method
 from sightline.data import Batch, Indexed, Sample
 from sightline.erase import Eraser
 from sightline.evaluation import Log, Maps, Subject, checked_batch
 from sightline.explanation import laid
+from sightline.hyperplanes import signed_distances
 from sightline.maps import degenerate, resize
 from sightline.metrics import Case, Scored
 from sightline.metrics._localization import Rule as BoxRule
 from sightline.metrics._localization import check, in_pixels, overlaps, predicted
+from sightline.metrics._segmentation import REGIONS
 from sightline.protocols._cue_localization import NORMALIZED, ROUNDING
 from sightline.protocols._cues import Cues
 from sightline.protocols._multi_classifier_accuracy import RULES, Rule, shown
+from sightline.protocols._segmentation import NORMALIZERS, Scene
+from sightline.protocols._segmentation import explained as class_maps
 from sightline.registry import chosen
 from sightline.settings import signed
 from sightline.types import Images, Saliency
@@ -45,6 +52,14 @@ TRUE: Color = (0.0, 0.78, 0.93)
 
 FOUND: Color = (1.0, 0.42, 0.0)
 """The color of a method's box."""
+
+REGION_COLORS: tuple[Color, ...] = ((0.84, 0.37, 0.0), (0.94, 0.89, 0.26), (0.0, 0.45, 0.7), (0.5, 0.8, 1.0))
+"""Colors of the four regions, apart for every eye: warm where the CAM is high, dark where the saliency is."""
+
+REGION_NAMES = tuple(name.upper().replace("_", "-") for name in REGIONS)
+
+COLORS = torch.tensor([(0.0, 0.0, 0.0), *REGION_COLORS])
+"""Those of labels: 0 for what is outside."""
 
 PALE = 0.75
 """How far what does not count fades to white."""
@@ -79,11 +94,15 @@ class Block:
 
 @dataclass(frozen=True, eq=False)
 class Gallery:
-    """Pictures in blocks of rows, named above and at the left; `numbers` are what stands below them, by method."""
+    """Pictures in blocks of rows, named above and at the left; `numbers` are what stands below them, by method.
+
+    `keys` are the beginnings of lines in captions that explain a color.
+    """
 
     columns: tuple[str, ...]
     blocks: tuple[Block, ...]
     numbers: Mapping[str, tuple[float, ...]] = field(default_factory=dict[str, tuple[float, ...]])
+    keys: Mapping[str, Color] = field(default_factory=dict[str, Color])
 
     def sheet(self, *, gap: int = 6) -> Image.Image:
         """Draw the gallery, every picture in its own size."""
@@ -96,6 +115,7 @@ class Gallery:
             titles=[row.title for row in rows],
             captions=[row.captions for row in rows] if any(row.captions for row in rows) else (),
             blocks=[(block.title, len(block.rows)) for block in self.blocks] if is_blocked else (),
+            keys=self.keys,
             cell=cell,
             gap=gap,
         )
@@ -108,7 +128,7 @@ class Gallery:
             for i, name in enumerate(self.columns)
         ]
         columns = tuple("\n".join(filter(None, (block, row.title))) for block, row in rows)
-        return Gallery(columns, (Block("", tuple(across)),), self.numbers)
+        return Gallery(columns, (Block("", tuple(across)),), self.numbers, self.keys)
 
 
 def captions_of(rows: Sequence[Row], i: int) -> tuple[str, ...]:
@@ -252,6 +272,157 @@ def pairs(
     return Gallery(tuple(columns), (Block("", tuple(top)), *blocks))
 
 
+def regions(
+    one: Explained, columns: Sequence[str], *, tau_cam: float = 0.25, tau_sm: float = 0.15, side: int | None = None
+) -> Gallery:
+    """Draw what CAM and saliency find of the true object: image, CAM, saliency, four regions, signed distances.
+
+    Whatever the method, CAM and saliency are those of the network for the class that is explained. The regions are
+    drawn on the class's true pixels, their shares stand below; the last row has a point for each of these pixels, at
+    its distances from the two hyperplanes (`hyperplanes.signed_distances`): right of the line is DR, above it HSR.
+
+    Raises:
+        UnsuitedError: a network without global average pooling and one linear layer.
+        ValueError: an image without a mask, or a threshold outside (0, 1].
+    """
+    case, y = one.case, explained_labels(one.case)
+    photos = enlarged(case.x, wide_side_of(max(case.x.shape[2:])) if side is None else side)
+    found = signed_distances(case.classifier, case.x, case.y.new_tensor(y), tau_cam=tau_cam, tau_sm=tau_sm)
+    each = zip(found.regions.cpu(), case.batch.samples, y, strict=True)
+    numbers = [torch.where(inside_of(sample, label), R + 1, 0) for R, sample, label in each]
+    painted = (viz.painted(photo, grown(R, photo), COLORS) for photo, R in zip(photos, numbers, strict=True))
+    points = zip(photos, numbers, found.d_cam.cpu(), found.d_sm.cpu(), strict=True)
+    rows = (
+        Row("image", photos),
+        drawn("CAM", photos, found.cam.clamp(min=0), False),
+        drawn("saliency", photos, found.saliency, False),
+        Row("regions of the object", tuple(painted), tuple(map(shares, numbers))),
+        Row("distances to the hyperplanes", tuple(plotted(*each) for each in points)),
+    )
+    return Gallery(tuple(columns), (Block("", rows),), keys=dict(zip(REGION_NAMES, REGION_COLORS, strict=True)))
+
+
+def inside_of(sample: Sample, label: int) -> Bool[Tensor, "h w"]:
+    """Return the true pixels of a class.
+
+    Raises:
+        ValueError: no mask.
+    """
+    region = sample.region_of(label)
+    if region is None:
+        raise ValueError(f"{sample.id!r} has no mask, and the regions are those of the true object")
+    return region[0]
+
+
+def grown(labels: Int[Tensor, "h w"], photo: Picture) -> Int[Tensor, "_h _w"]:
+    """Return labels at the photo's resolution."""
+    return resize(labels[None, None].float(), (photo.shape[1], photo.shape[2]), "nearest")[0, 0].long()
+
+
+def shares(numbers: Int[Tensor, "h w"]) -> str:
+    """Return the shares of the regions 1 to 4 among all that are not 0, as a caption."""
+    counts = numbers.flatten().bincount(minlength=5)[1:].double()
+    if not counts.any():
+        return "no object"
+    each = (100 * counts / counts.sum()).tolist()
+    return "\n".join(f"{name} {share:.0f} %" for name, share in zip(REGION_NAMES, each, strict=True))
+
+
+def plotted(
+    photo: Picture, numbers: Int[Tensor, "h w"], d_cam: Float[Tensor, "1 h w"], d_sm: Float[Tensor, "1 h w"]
+) -> Picture | None:
+    """Return the object's pixels by their distances from the hyperplanes; None where there are none."""
+    inside = numbers > 0
+    x, y = d_cam[0][inside], d_sm[0][inside]
+    if not len(x) or not bool(x.isfinite().all()):
+        return None
+    return viz.scatter(x, y, COLORS[numbers[inside]], axes=("CAM", "saliency"), side=max(photo.shape[1:]))
+
+
+def segments(
+    methods: Sequence[Explained],
+    columns: Sequence[str],
+    *,
+    names: Sequence[str] = (),
+    resolves: Mapping[str, Resolve] | None = None,
+    threshold: float = 0.15,
+    normalize: bool = True,
+    side: int | None = None,
+) -> Gallery:
+    """Draw label maps over the images in Pascal VOC's colors: the true one, and one a method and background resolve.
+
+    As in the protocol `segmentation`: of each class that is known to be in the image a map is made and divided by its
+    maximum (normalize=False: as it is), resolved, and where none exceeds the threshold the pixel is background, which
+    shows the photo. `names` are those of the classes.
+
+    Raises:
+        ValueError: no method, an image without a mask, or a class that the network does not have.
+    """
+    case, chosen = first(methods), resolves or {"basic": basic}
+    photos = enlarged(case.x, side)
+    scenes = [Scene.of(sample, case.logits.shape[1]) for sample in case.batch.samples]
+    truth = tuple(labeled(photo, scene.mask) for photo, scene in zip(photos, scenes, strict=True))
+    listed = {number: names[number] if names else str(number) for scene in scenes for number in scene.there}
+    rows = [Row("image", photos)]
+    rows.append(Row("truth", truth, tuple("\n".join(listed[number] for number in scene.there) for scene in scenes)))
+    for one in methods:
+        maps = class_maps(
+            Maps.of_method(one.case.method), case.classifier, case.batch, [s.competing for s in scenes], len(scenes)
+        )
+        for title, resolve in chosen.items():
+            each = zip(photos, scenes, case.x, map(NORMALIZERS["max" if normalize else "none"], maps), strict=True)
+            cells = (labeled(p, labels_at(resolve(x, S), s.competing, threshold)) for p, s, x, S in each)
+            rows.append(Row(f"{one.title}\n{title}" if len(chosen) > 1 else one.title, tuple(cells)))
+    keys = {name: color_of(number) for number, name in listed.items()}
+    return Gallery(tuple(columns), (Block("", tuple(rows)),), keys=keys)
+
+
+def color_of(label: int) -> Color:
+    """Return the color of a class."""
+    r, g, b = viz.palette()[label + 1].tolist()
+    return r, g, b
+
+
+def labeled(photo: Picture, labels: Int[Tensor, "h w"]) -> Picture:
+    """Return the photo with every pixel in the color of its label."""
+    return viz.painted(photo, grown(labels.cpu(), photo), viz.palette())
+
+
+def stacked(galleries: Mapping[str, Gallery]) -> Gallery:
+    """Set galleries of the same images below each other, by the names of their networks.
+
+    Rows that are the same in all of them (the images) stand once, in a block of their own above.
+
+    Raises:
+        ValueError: no gallery, or other columns.
+    """
+    if not galleries or len({one.columns for one in galleries.values()}) > 1:
+        raise ValueError(f"expected galleries of the same images, got {[one.columns for one in galleries.values()]}")
+    top, *others = galleries.values()
+    everywhere = [row for block in top.blocks for row in block.rows if all(has(one, row) for one in others)]
+    blocks = [Block("", tuple(everywhere))] if everywhere else []
+    for name, one in galleries.items():
+        for block in one.blocks:
+            rows = tuple(row for row in block.rows if not any(same(row, other) for other in everywhere))
+            blocks += [Block("\n".join(filter(None, (name, block.title))), rows)] if rows else []
+    numbers = {f"{name}: {title}": each for name, one in galleries.items() for title, each in one.numbers.items()}
+    keys = {key: color for one in galleries.values() for key, color in one.keys.items()}
+    return Gallery(top.columns, tuple(blocks), numbers, keys)
+
+
+def has(gallery: Gallery, row: Row) -> bool:
+    """Tell whether a row is in a gallery."""
+    return any(same(row, other) for block in gallery.blocks for other in block.rows)
+
+
+def same(a: Row, b: Row) -> bool:
+    """Tell whether two rows show the same under the same title."""
+    pictures = zip(a.pictures, b.pictures, strict=True)
+    return (a.title, a.captions) == (b.title, b.captions) and all(
+        x is y or (x is not None and y is not None and torch.equal(x, y)) for x, y in pictures
+    )
+
+
 def contrasted(
     one: Explained, photos: Sequence[Picture], against: int, name: str, scale: Callable[[Tensor], Tensor]
 ) -> Block:
@@ -312,6 +483,11 @@ def explained_labels(case: Case) -> list[int]:
 def side_of(longest: int) -> int:
     """Return the side of a cell for images of so many pixels: the least whole multiple that is large enough."""
     return min(MOST, longest * math.ceil(LEAST / longest))
+
+
+def wide_side_of(longest: int) -> int:
+    """Return the side of a wide cell for images of so many pixels: the largest whole multiple that fits."""
+    return longest * (MOST // longest) if longest < MOST else MOST
 
 
 def enlarged(x: Images, side: int | None = None) -> tuple[Picture, ...]:

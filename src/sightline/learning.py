@@ -13,15 +13,28 @@ import torch
 
 from sightline import models
 from sightline.classifier import Classifier, Method, wrap
-from sightline.classifier_training import ClassifierConfig, accuracy, replace_head, train
+from sightline.classifier_training import ClassifierConfig, accuracy, mean_average_precision, replace_head, train
 from sightline.data import Dataset, Indexed, Sample, batches
 from sightline.evaluation import measure
-from sightline.explainers import CalmConfig, CasmConfig, load_casm, save_casm, search, surgery, train_calm, train_casm
+from sightline.explainers import (
+    CalmConfig,
+    CasmConfig,
+    Segmenter,
+    SegmenterConfig,
+    load_casm,
+    save_casm,
+    search,
+    surgery,
+    train_calm,
+    train_casm,
+    train_segmenter,
+)
 from sightline.methods import METHODS
 from sightline.models._files import checksums
+from sightline.protocols import PROTOCOLS
 from sightline.recipes import Recipe
 from sightline.registry import find
-from sightline.running import labeled, metric_of, reader_of
+from sightline.running import labeled, metric_of, protocol_of, reader_of
 from sightline.runs import Choice, write_bytes, write_text
 from sightline.settings import bind
 from sightline.training import Metrics, Progress, leave, remember, wait
@@ -29,6 +42,12 @@ from sightline.training import Metrics, Progress, leave, remember, wait
 Report = Callable[[Progress], None]
 
 ACCURACY = "accuracy"
+
+OF_LOGITS: Mapping[str, Callable[[Classifier, Indexed[Sample]], float]] = {
+    ACCURACY: accuracy,
+    "mean_average_precision": mean_average_precision,
+}
+"""What is measured of a classifier's logits, in place of a metric of maps; more is better."""
 
 CLAIM = "training.json"
 """The file that says which training a folder belongs to."""
@@ -128,7 +147,7 @@ def best(kind: str, recipe: Recipe, val: Choice, folder: Path, report: Report | 
     """Try learning rates, each in a folder of its own, and return a copy of the best one's file."""
     learner: Learner = find(kind, LEARNERS, "learners")
     select = recipe.select or learner.select
-    if select != ACCURACY and metric_of(Choice.parse(select), recipe.seed)().higher_is_better is None:
+    if direction(select, recipe.seed) is None:
         raise ValueError(f"trials are compared by what has a better side, and {select} has none; choose --select")
 
     def place(rate: float) -> Path:
@@ -154,11 +173,28 @@ def judge(learner: Learner, path: Path, recipe: Recipe, data: Choice) -> tuple[s
     """Return what is measured of what was learned, its value on a data set, and whether higher is better."""
     method, classifier = learner.judged(path, recipe)
     samples, name = labeled(reader_of(data, classifier)(), classifier), recipe.select or learner.select
-    if name == ACCURACY:
-        return name, accuracy(classifier, samples), True
-    metric = metric_of(Choice.parse(name), recipe.seed)()
-    score = measure(method, classifier, batches(samples, 16), {name: metric})[name]
+    if name in OF_LOGITS:
+        return name, OF_LOGITS[name](classifier, samples), True
+    choice = Choice.parse(name)
+    if choice.name in PROTOCOLS:
+        part, found = next(iter(protocol_of(choice, recipe.seed)(method, classifier, samples).items()))
+        return f"{choice.name}.{part}", found.value, found.higher_is_better
+    score = measure(method, classifier, batches(samples, 16), {name: metric_of(choice, recipe.seed)()})[name]
     return name, score.value, score.higher_is_better
+
+
+def direction(name: str, seed: int) -> bool | None:
+    """Return whether more of what is measured is better: of a protocol its first number counts.
+
+    Raises:
+        LookupError, TypeError, ValueError: no such metric, or a setting that does not fit.
+    """
+    choice = Choice.parse(name)
+    if name in OF_LOGITS:
+        return True
+    if choice.name in PROTOCOLS:
+        return next(iter(PROTOCOLS[choice.name].parts.values()))
+    return metric_of(choice, seed)().higher_is_better
 
 
 def learn_classifier(recipe: Recipe, config: ClassifierConfig, out: Path, report: Report | None) -> Path:
@@ -193,6 +229,18 @@ def learn_calm(recipe: Recipe, config: CalmConfig, out: Path, report: Report | N
     base = models.recipe(recipe.model)
     stored = Choice("calm", {"backbone": {"name": base.name, **base.settings, "layer": backbone.layer}, **made})
     return kept(partial(models.save, model=stored, extra=extra, half=recipe.half), built, out / "calm.safetensors")
+
+
+def learn_segmenter(recipe: Recipe, config: SegmenterConfig, out: Path, report: Report | None) -> Path:
+    """Train a segmenter with as many classes as the data has, on its masks or on pseudo labels."""
+    built, stored = fitting(recipe.model, recipe.data, recipe.seed)
+    if not isinstance(built.model, Segmenter):
+        raise ValueError(f"{recipe.model} is no segmenter; take mini_seg or lraspp, or the file of one")
+    dataset, samples = read(Source.of(recipe.data, built, masks=config.labels is None))
+    history = train_segmenter(built, samples, config, seed=recipe.seed, out=out, report=report)
+    extra = recorded(recipe, config, dataset, history)
+    save = partial(models.save, model=stored, extra=extra, half=recipe.half)
+    return kept(save, built, out / "segmenter.safetensors")
 
 
 def kept(save: Callable[..., Path], learned: Any, path: Path) -> Path:
@@ -234,12 +282,13 @@ class Source:
     key: str
     data: Choice = field(compare=False)
     classifier: Classifier = field(compare=False)
+    masks: bool = False
 
     @classmethod
-    def of(cls, data: Choice, classifier: Classifier) -> "Source":
+    def of(cls, data: Choice, classifier: Classifier, *, masks: bool = False) -> "Source":
         """Name what determines the samples."""
         seen = (data.plain(), classifier.size, classifier.channels, classifier.classes)
-        return cls(repr(seen), data, classifier)
+        return cls(repr(seen), data, classifier, masks)
 
 
 @lru_cache(maxsize=1)
@@ -257,7 +306,7 @@ def read(source: Source) -> tuple[Dataset, Indexed[Sample]]:
             f"{source.data} has {len(dataset.classes)} classes and the network {classes_of(built)}, without names; "
             "train it on the data first: sightline train classifier"
         )
-    return dataset, remember(labeled(dataset, source.classifier))
+    return dataset, remember(labeled(dataset, source.classifier), masks=source.masks)
 
 
 def fitting(model: Choice, data: Choice, seed: int) -> tuple[Classifier, Choice]:
@@ -281,8 +330,10 @@ def fitting(model: Choice, data: Choice, seed: int) -> tuple[Classifier, Choice]
     if count < 2:
         raise ValueError(f"{data} has {count} classes; training needs at least two, one folder a class")
     stored = Choice(base.name, {**base.settings, "classes" if empty else "num_classes": count})
+    if isinstance(built.model, Segmenter) and trained and count != classes_of(built):
+        raise ValueError(f"{model} segments {classes_of(built)} classes and {data} has {count}; start from {base.name}")
     if empty and not trained:
-        built = models.load(Choice(stored.name, {**stored.settings, **seeds}))
+        built = models.load(Choice(model.name, {**model.settings, **seeds, "classes": count}))
     elif trained or model.name.startswith("torchvision:"):
         network = replace_head(built.model, count, seed=seed) if count != classes_of(built) else built.model
         built = wrap(network, layer=built.layer, normalization=(built.mean, built.std), size=built.size)
@@ -315,6 +366,13 @@ LEARNERS: Mapping[str, Learner] = {
         learn_calm,
         lambda path, recipe: (METHODS["calm_attribution"].method, models.load(str(path))),
         {"finer": 0, "activation": "softplus", "detach": False},
+    ),
+    "segmenter": Learner(
+        SegmenterConfig,
+        "mini_seg",
+        learn_segmenter,
+        lambda path, recipe: (METHODS["segmenter"].method, models.load(str(path))),
+        select="segmentation?compete=all&normalize=none&threshold=0.0",
     ),
 }
 """Name -> what can be learned."""

@@ -43,6 +43,15 @@ def unit(saliency: Float[Tensor, "b c i j"]) -> Float[Tensor, "b c i j"]:
     return (saliency - low) / torch.where(spread > 0, spread, torch.ones_like(spread))
 
 
+def by_maximum(maps: Float[Tensor, "*n i j"]) -> Float[Tensor, "*n i j"]:
+    """Divide each map by its maximum (Maruf et al. 2023, eq 1).
+
+    Negative values stay; a map without positive ones becomes zero.
+    """
+    top = maps.amax((-2, -1), keepdim=True)
+    return torch.where(top > 0, maps / torch.where(top > 0, top, 1), 0)
+
+
 def scaled(saliency: Saliency, size: tuple[int, int], mode: Mode = "bilinear") -> Saliency:
     """Resize maps to `size` and scale each to [0, 1]; a constant one becomes zero, and not its rounding errors."""
     values = saliency.flatten(1)

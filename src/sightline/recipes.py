@@ -37,8 +37,8 @@ class Recipe:
 
     `test` is measured after the training; `half` stores the weights in 16 bits. `settings` are those of the
     configuration of what is trained. With `trials` > 0 that many learning rates are tried, drawn log-uniformly between
-    `low` and `high`, and the one with the best `select` on `val` is taken: "accuracy" or a metric of the maps; None is
-    the accuracy, for what classifies, or the area of the masks.
+    `low` and `high`, and the one with the best `select` on `val` is taken: "accuracy", "mean_average_precision" or a
+    metric of the maps; None is the accuracy, for what classifies, the area of masks, or a segmenter's mean IoU.
     """
 
     data: Choice

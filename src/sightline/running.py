@@ -344,6 +344,7 @@ def with_objects(protocol: Callable[..., T], on: Scene, spec: Spec) -> Callable[
     makers: dict[str, Callable[[Any], Any]] = {
         "classifiers": lambda listed: [models.load(Choice.of(one)) for one in listed],
         "permuted": lambda one: models.load(Choice.of(one)),
+        "reference": lambda one: models.load(Choice.of(one)),
         "held_out": lambda one: Recent(labeled(reader_of(Choice.of(one), on.classifier)(), on.classifier)),
         "by": lambda one: method_of(Choice.of(one), spec.seed),
     }

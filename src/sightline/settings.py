@@ -4,6 +4,7 @@ from collections import abc
 from collections.abc import Callable, Mapping
 from functools import partial
 from inspect import Parameter, signature
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -37,7 +38,8 @@ def method_of(choice: Choice, seed: int | None = None) -> Method:
     """Return the method that a choice stands for, with its settings.
 
     A combinator has its methods in parentheses, each with settings of its own: `smooth(gradient)`,
-    `mean(grad_cam, opti_cam?steps=20)`. A FILE.safetensors is a mapping of CASM: `casm?weights=FILE.safetensors`.
+    `mean(grad_cam, opti_cam?steps=20)`. A FILE.safetensors is what was learned into it: `casm?weights=FILE.safetensors`
+    or `segmenter?weights=FILE.safetensors`.
 
     Raises:
         LookupError, TypeError, ValueError: an unknown name or setting, or one that does not fit.
@@ -45,7 +47,7 @@ def method_of(choice: Choice, seed: int | None = None) -> Method:
     outer, opened, inner = choice.name.partition("(")
     if not opened:
         if outer.endswith(".safetensors"):
-            return method_of(Choice("casm", {"weights": outer, **choice.settings}), seed)
+            return method_of(Choice(learned(Path(outer)), {"weights": outer, **choice.settings}), seed)
         if outer in COMBINATORS and outer not in METHODS:
             raise LookupError(f"{outer} makes a method of others; write {outer}(grad_cam), say")
         return seeded(find(outer, METHODS, "methods").method, choice.settings, seed)
@@ -63,6 +65,12 @@ def method_of(choice: Choice, seed: int | None = None) -> Method:
     parts = [method_of(Choice.parse(text), seed) for text in texts]
     combined: Method = seeded(combinator.combinator, choice.settings, seed)(*parts)
     return combined
+
+
+def learned(path: Path) -> str:
+    """Return the method whose weights a file holds, by its manifest; a file that is not there yet is CASM's."""
+    manifest = path.with_suffix(".json")
+    return "segmenter" if manifest.exists() and '"encoder"' not in manifest.read_text(encoding="utf-8") else "casm"
 
 
 def signed(method: Callable[..., Any]) -> bool:

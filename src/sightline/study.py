@@ -17,13 +17,20 @@
     "CASM (L100)" = {method = "{L100}"}
 
 `{seed}` stands for the seed, `{L100}` for the weights that the training of that name gave with it. A training is a
-recipe, a row a specification; what a row does not say is its evaluation's. Everything finished is kept: a study that
-was killed goes on.
+recipe, a row a specification; what a row does not say is its evaluation's. A [[segment]] is a specification of
+`segmenting`, and its name stands for the folder of labels that it writes. Steps wait for those that they name.
+Everything finished is kept: a study that was killed goes on.
+
+With `values = [...]` a step or an evaluation is done for each of them, `{value}` in its place: a step's name must tell
+them apart (`net-{value}`), an evaluation is drawn as curves over its `axis`, a panel for each of the metrics that are
+`shown` (all by default). `shown` also says which columns the table has; numbers.json has all.
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import re
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -32,22 +39,40 @@ from sightline.learning import LEARNERS, claim, configured, learn
 from sightline.recipes import Recipe
 from sightline.registry import find, unknown
 from sightline.running import finished, named, run
-from sightline.runs import Run, Spec, file_name, read_toml, write_text
+from sightline.runs import Choice, Run, Score, Spec, file_name, read_toml, write_bytes, write_text
+from sightline.segmenting import MANIFEST, Segmenting, segment
 from sightline.training import Progress
+from sightline.viz import Curve, curves, png
 
-TRAINING = "train"
+TRAINING, SEGMENT = "train", "segment"
+"""The arrays of steps in a file, and the folders of what they make."""
 
 Told = Callable[[str, int, int, str], None]
 """Told what is at work, how much of how much is done, and a note."""
 
 
 @dataclass(frozen=True)
-class Training:
-    """A recipe with places to fill: `{seed}` and the names of trainings before it."""
+class Step:
+    """What makes something that later steps and rows name, with places to fill: a recipe, or labels to write."""
 
     name: str
     kind: str
+    """What is learned, or `SEGMENT`."""
     table: Mapping[str, Any]
+
+    def target(self, folder: Path, seed: int | str) -> Path:
+        """Return what its name stands for: the file of weights, or the folder of labels."""
+        if self.kind == SEGMENT:
+            return folder / SEGMENT / file_name(self.name) / f"seed-{seed}"
+        return folder / TRAINING / file_name(self.name) / f"seed-{seed}" / f"{self.kind}.safetensors"
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What the rows of an evaluation are drawn over: for each curve, its values and the rows that have them."""
+
+    axis: str
+    curves: Mapping[str, tuple[tuple[float, str], ...]]
 
 
 @dataclass(frozen=True)
@@ -56,15 +81,29 @@ class Evaluation:
 
     name: str
     rows: Mapping[str, Mapping[str, Any]]
+    shown: tuple[str, ...] = ()
+    sweep: Sweep | None = None
+
+    def metrics(self, rows: Iterable[Mapping[str, "Number"]]) -> tuple[str, ...]:
+        """Return the metrics that are shown, of all that the rows have.
+
+        Raises:
+            LookupError: one that no row has.
+        """
+        known = tuple(dict.fromkeys(metric for row in rows for metric in row))
+        for name in self.shown if known else ():
+            if name not in known:
+                raise LookupError(unknown(name, known, "metric to show"))
+        return self.shown or known
 
 
 @dataclass(frozen=True)
 class Study:
-    """Trainings, evaluations and the seeds with which each is done."""
+    """Steps in the order in which they can be done, evaluations, and the seeds with which each is done."""
 
     title: str
     seeds: tuple[int, ...]
-    trainings: tuple[Training, ...]
+    steps: tuple[Step, ...]
     evaluations: tuple[Evaluation, ...]
 
     @classmethod
@@ -78,21 +117,22 @@ class Study:
                 fit; all is checked before any work.
         """
         table = read_toml(path)
-        known = ("title", "seeds", "train", "evaluate")
+        known = ("title", "seeds", TRAINING, SEGMENT, "evaluate")
         for name in table:
             if name not in known:
                 raise LookupError(unknown(name, known, "entry of a study"))
-        trainings = tuple(training(one) for one in table.get("train", ()))
+        steps = [step(one, TRAINING) for each in table.get(TRAINING, ()) for one in expanded(each)]
+        steps += [step(one, SEGMENT) for each in table.get(SEGMENT, ()) for one in expanded(each)]
         evaluations = tuple(evaluation(one) for one in table.get("evaluate", ()))
-        names = [*(one.name for one in trainings), *(one.name for one in evaluations)]
+        names = [*(one.name for one in steps), *(one.name for one in evaluations)]
         if "seed" in names:
-            raise ValueError(f"{path} calls a training or an evaluation 'seed', which stands for the seed; rename it")
+            raise ValueError(f"{path} calls a step or an evaluation 'seed', which stands for the seed; rename it")
         if twice := [name for name in names if names.count(name) > 1]:
-            raise ValueError(f"{path} has {twice[0]!r} twice; give trainings and evaluations names of their own")
+            raise ValueError(f"{path} has {twice[0]!r} twice; give steps and evaluations names of their own")
         seeds = tuple(table.get("seeds", (0,)))
         if not seeds or not names or not all(type(seed) is int for seed in seeds) or len({*seeds}) < len(seeds):
             raise ValueError(f"{path} needs different whole numbers as seeds and one or more [[train]] or [[evaluate]]")
-        study = cls(str(table.get("title", Path(path).stem)), seeds, trainings, evaluations)
+        study = cls(str(table.get("title", Path(path).stem)), seeds, ordered(steps), evaluations)
         study.check()
         return study
 
@@ -103,37 +143,100 @@ class Study:
             LookupError, TypeError, ValueError: one that does not fit.
         """
         places = {"seed": str(self.seeds[0])}
-        for one in self.trainings:
-            configured(one.kind, recipe_of(one, places))
-            places[one.name] = f"{one.name}.safetensors"
+        for one in self.steps:
+            if one.kind == SEGMENT:
+                Segmenting.of(filled(one.table, places))
+            else:
+                configured(one.kind, recipe_of(one, places))
+            places[one.name] = str(one.target(Path(), self.seeds[0]))
         for evaluation in self.evaluations:
             for row in evaluation.rows.values():
                 named(Spec.of(filled(row, places)))
 
 
-def training(table: Mapping[str, Any]) -> Training:
-    """Read a [[train]] table.
+def step(table: Mapping[str, Any], array: str) -> Step:
+    """Read a [[train]] or [[segment]] table.
 
     Raises:
-        ValueError: without a name or a kind.
+        ValueError: without a name or, to train, a kind.
     """
-    if missing := [name for name in ("name", "kind") if not isinstance(table.get(name), str)]:
-        raise ValueError(f"a [[train]] lacks {missing[0]} = ...; got {dict(table)}")
-    rest = {key: value for key, value in table.items() if key not in ("name", "kind")}
-    return Training(table["name"], table["kind"], {"seed": "{seed}", **rest})
+    told = ("name", "kind") if array == TRAINING else ("name",)
+    if missing := [name for name in told if not isinstance(table.get(name), str)]:
+        raise ValueError(f"a [[{array}]] lacks {missing[0]} = ...; got {dict(table)}")
+    rest = {key: value for key, value in table.items() if key not in told}
+    return Step(
+        table["name"], str(table.get("kind", SEGMENT)) if array == TRAINING else SEGMENT, {"seed": "{seed}", **rest}
+    )
+
+
+def expanded(table: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return a table for each of its values, `{value}` filled in; the table itself where it has none."""
+    rest = {key: value for key, value in table.items() if key != "values"}
+    return [valued(rest, value) for value in table["values"]] if "values" in table else [rest]
+
+
+def valued(thing: Any, value: Any) -> Any:
+    """Return plain data with `{value}` filled in; a text that is nothing else becomes the value itself."""
+    if isinstance(thing, Mapping):
+        return {key: valued(item, value) for key, item in thing.items()}
+    if isinstance(thing, list):
+        return [valued(item, value) for item in thing]
+    if thing == "{value}":
+        return value
+    return thing.replace("{value}", str(value)) if isinstance(thing, str) else thing
+
+
+def ordered(steps: Sequence[Step]) -> tuple[Step, ...]:
+    """Return the steps so that each comes after those that it names, else as they were.
+
+    Raises:
+        ValueError: steps that wait for each other.
+    """
+    done: list[Step] = []
+    left = list(steps)
+    while left:
+        names = {one.name for one in left}
+        ready = next((one for one in left if not names & {*places_in(one.table)}), None)
+        if ready is None:
+            raise ValueError(f"the steps {', '.join(sorted(names))} wait for each other, or one for itself")
+        left.remove(ready)
+        done.append(ready)
+    return tuple(done)
+
+
+def places_in(thing: Any) -> Iterator[str]:
+    """Yield the names of all places to fill."""
+    if isinstance(thing, Mapping):
+        thing = list(thing.values())
+    if isinstance(thing, list | tuple):
+        for item in thing:
+            yield from places_in(item)
+    elif isinstance(thing, str):
+        yield from re.findall(r"\{([^{}]*)\}", thing)
 
 
 def evaluation(table: Mapping[str, Any]) -> Evaluation:
     """Read an [[evaluate]] table; what a row does not say is that of the table.
 
     Raises:
-        ValueError: without a name or rows.
+        ValueError: without a name or rows, or with values that are no numbers.
     """
+    own = ("name", "rows", "values", "axis", "shown")
     rows = table.get("rows")
     if not isinstance(table.get("name"), str) or not isinstance(rows, Mapping) or not rows:
         raise ValueError(f"an [[evaluate]] needs a name and [evaluate.rows]; got {dict(table)}")
-    shared = {"seed": "{seed}"} | {key: value for key, value in table.items() if key not in ("name", "rows")}
-    return Evaluation(table["name"], {label: {**shared, **row} for label, row in rows.items()})
+    shared = {"seed": "{seed}"} | {key: value for key, value in table.items() if key not in own}
+    full = {label: {**shared, **row} for label, row in rows.items()}
+    shown = tuple(table.get("shown", ()))
+    if "values" not in table:
+        return Evaluation(table["name"], full, shown)
+    values, axis = table["values"], str(table.get("axis", "value"))
+    if not values or not all(isinstance(value, int | float) for value in values):
+        raise ValueError(f"an [[evaluate]] is drawn over numbers, got values = {values!r}")
+    label = {(row, value): f"{row}, {axis} {value}" for row in full for value in values}
+    curves = {row: tuple((float(value), label[row, value]) for value in values) for row in full}
+    points = {label[row, value]: valued(one, value) for row, one in full.items() for value in values}
+    return Evaluation(table["name"], points, shown, Sweep(axis, curves))
 
 
 def filled(value: Any, places: Mapping[str, str]) -> Any:
@@ -164,9 +267,9 @@ def conduct(
 ) -> dict[str, dict[str, list[Run]]]:
     """Train and evaluate all that is not finished in `out`; return the runs by evaluation and row, one a seed.
 
-    Weights lie in OUT/train/NAME/seed-N, runs in OUT/runs/EVALUATION/ROW/seed-N.json. `seeds` are those to do now; runs
-    of the others that are finished are returned, too. A run counts as finished if the specification and the weights
-    that it names are the same.
+    Weights lie in OUT/train/NAME/seed-N, labels in OUT/segment/NAME/seed-N, runs in
+    OUT/runs/EVALUATION/ROW/seed-N.json. `seeds` are those to do now; runs of the others that are finished are returned,
+    too. A run counts as finished if the specification and the weights that it names are the same.
 
     Raises:
         ValueError: seeds that the study does not have.
@@ -178,11 +281,10 @@ def conduct(
     runs: dict[str, dict[str, list[Run]]] = {one.name: {row: [] for row in one.rows} for one in study.evaluations}
     for seed in study.seeds:
         places = {"seed": str(seed)}
-        for one in study.trainings:
-            home = folder / TRAINING / file_name(one.name) / f"seed-{seed}"
-            places[one.name] = str(home / f"{one.kind}.safetensors")
+        for one in study.steps:
             if seed in chosen:
-                trained(one, places, home, tell)
+                taken(one, places, one.target(folder, seed), tell)
+            places[one.name] = str(one.target(folder, seed))
         for evaluation, label, row in rows_of(study):
             path = folder / "runs" / file_name(evaluation.name) / file_name(label) / f"seed-{seed}.json"
             spec = Spec.of(filled(row, places))
@@ -200,23 +302,30 @@ def rows_of(study: Study) -> Iterator[tuple[Evaluation, str, Mapping[str, Any]]]
             yield evaluation, label, row
 
 
-def recipe_of(one: Training, places: Mapping[str, str]) -> Recipe:
+def recipe_of(one: Step, places: Mapping[str, str]) -> Recipe:
     """Return a training's recipe for a seed; what it does not say is the learner's default."""
     defaults = {"data": "creatures?split=train", "model": find(one.kind, LEARNERS, "learners").model}
     return Recipe.of({**defaults, **filled(one.table, places)})
 
 
-def trained(one: Training, places: Mapping[str, str], home: Path, tell: Told) -> Path:
-    """Return the weights of a training: those in its folder, if they are finished, or new ones."""
-    recipe, target = recipe_of(one, places), Path(places[one.name])
-    claim(one.kind, recipe, home)
+def taken(one: Step, places: Mapping[str, str], target: Path, tell: Told) -> None:
+    """Take a step, unless what it makes is there: train, or write labels and wait for those of other processes."""
+    what = f"{one.name}, seed {places['seed']}"
+    if one.kind == SEGMENT:
+        asked = Segmenting.of(filled(one.table, places))
+        segment(asked, target, report=lambda done, count, note: tell(what, done, count, note))
+        while not (target / MANIFEST).exists():
+            time.sleep(1)
+        return
+    recipe = recipe_of(one, places)
+    claim(one.kind, recipe, target.parent)
     if target.exists() and target.with_suffix(".json").exists():
-        return target
+        return
 
     def report(at: Progress) -> None:
-        tell(f"{one.name}, seed {places['seed']}", at.done, at.total, at.note)
+        tell(what, at.done, at.total, at.note)
 
-    return learn(one.kind, recipe, home, fresh=False, report=report)
+    learn(one.kind, recipe, target.parent, fresh=False, report=report)
 
 
 def evaluated(spec: Spec, path: Path, label: str, tell: Told) -> Run:
@@ -239,16 +348,29 @@ class Number:
 def numbers(runs: Sequence[Run]) -> dict[str, Number]:
     """Return every metric of the runs of one row, one run a seed.
 
-    A metric goes by its name alone where the row has it once: rows may measure the same with settings of their own.
+    A metric goes by its name alone where the row has it once, and else by the settings that tell it from the others.
     """
-    table: dict[str, Number] = {}
-    names = [score.metric.name for score in runs[0].scores.scores]
-    for score in runs[0].scores.scores:
-        values = tuple(found.value for one in runs for found in one.scores.scores if found.metric == score.metric)
-        deviation = stdev(values) if len(values) > 1 else None
-        name = score.metric.name if names.count(score.metric.name) == 1 else str(score.metric)
-        table[name] = Number(fmean(values), deviation, score.higher_is_better, values)
-    return table
+    columns = list(zip(*(one.scores.scores for one in runs), strict=True))
+    names = titles([column[0].metric for column in columns])
+    return {name: number(column) for name, column in zip(names, columns, strict=True)}
+
+
+def number(column: Sequence[Score]) -> Number:
+    """Return mean and deviation of one metric over the seeds."""
+    values = tuple(score.value for score in column)
+    return Number(fmean(values), stdev(values) if len(values) > 1 else None, column[0].higher_is_better, values)
+
+
+def titles(metrics: Sequence[Choice]) -> list[str]:
+    """Return the names of metrics, with those settings that tell them from others of the same name."""
+    return [str(replace(one, settings=telling(one, metrics))) for one in metrics]
+
+
+def telling(metric: Choice, among: Sequence[Choice]) -> dict[str, Any]:
+    """Return the settings of a metric that not all of its name share."""
+    same = [other.settings for other in among if other.name == metric.name]
+    listed = sorted(metric.settings.items())
+    return {key: value for key, value in listed if any(other.get(key) != value for other in same)}
 
 
 def markdown(study: Study, runs: Mapping[str, Mapping[str, Sequence[Run]]]) -> str:
@@ -256,14 +378,14 @@ def markdown(study: Study, runs: Mapping[str, Mapping[str, Sequence[Run]]]) -> s
     count = max((len(one) for rows in runs.values() for one in rows.values()), default=0)
     over = f"Mean ± standard deviation over {count} seeds." if count > 1 else "One seed." if count else "Trainings."
     parts = [f"# {study.title}", over]
-    for name, rows in runs.items():
-        parts += [f"## {name}", table({label: numbers(one) for label, one in rows.items() if one})]
+    for one in study.evaluations:
+        rows = {label: numbers(made) for label, made in runs[one.name].items() if made}
+        parts += [f"## {one.name}", table(rows, one.metrics(rows.values()))]
     return "\n\n".join(parts) + "\n"
 
 
-def table(rows: Mapping[str, Mapping[str, Number]]) -> str:
+def table(rows: Mapping[str, Mapping[str, Number]], metrics: Sequence[str]) -> str:
     """Write one table in Markdown; the best mean of a column is bold."""
-    metrics = list(dict.fromkeys(metric for row in rows.values() for metric in row))
     directions = {metric: row[metric].higher_is_better for row in rows.values() for metric in row}
     arrows: Mapping[bool | None, str] = {True: " ↑", False: " ↓", None: ""}
     lines = [["", *(f"{metric}{arrows[directions[metric]]}" for metric in metrics)], ["---", *["---:"] * len(metrics)]]
@@ -289,7 +411,7 @@ def shown(number: Number, *, best: bool) -> str:
 
 
 def record(study: Study, runs: Mapping[str, Mapping[str, Sequence[Run]]], out: Path | str) -> Path:
-    """Write table.md and numbers.json (every value and the specification of its run) into a folder; return the table.
+    """Write table.md, numbers.json (every value and the specification of its run) and the curves; return the table.
 
     The runs themselves, with all that determines them, lie below it.
     """
@@ -308,4 +430,24 @@ def record(study: Study, runs: Mapping[str, Mapping[str, Sequence[Run]]], out: P
     }
     text = json.dumps({"title": study.title, "evaluations": plain}, indent=1, sort_keys=True, default=str) + "\n"
     write_text(folder / "numbers.json", text)
+    for one in study.evaluations:
+        found = {label: numbers(made) for label, made in runs[one.name].items() if made}
+        if one.sweep is not None and found:
+            drawn = curves(panels(one.sweep, one.metrics(found.values()), found), one.sweep.axis)
+            write_bytes(folder / f"{file_name(one.name)}.png", png(drawn))
     return write_text(folder / "table.md", markdown(study, runs))
+
+
+def panels(
+    sweep: Sweep, metrics: Sequence[str], found: Mapping[str, Mapping[str, Number]]
+) -> dict[str, dict[str, Curve]]:
+    """Return the curves of each metric: mean and deviation over the seeds at every value that is done."""
+    drawn = {metric: {row: curve(metric, points, found) for row, points in sweep.curves.items()} for metric in metrics}
+    return {metric: {row: one for row, one in rows.items() if one.x} for metric, rows in drawn.items()}
+
+
+def curve(metric: str, points: Sequence[tuple[float, str]], found: Mapping[str, Mapping[str, Number]]) -> Curve:
+    """Return one row's curve of one metric."""
+    known = [(x, found[label][metric]) for x, label in points if metric in found.get(label, {})]
+    spread = tuple(one.deviation or 0.0 for _, one in known)
+    return Curve(tuple(x for x, _ in known), tuple(one.mean for _, one in known), spread)

@@ -35,6 +35,14 @@ if TYPE_CHECKING:
 Augment: TypeAlias = Callable[[Tensor, torch.Generator], Tensor]
 """From an image (ch, h, w) in [0, 1] and the only randomness it may use to another such image."""
 
+
+@dataclass(frozen=True)
+class Joint:
+    """An augmentation of whole samples: `move` returns image and mask moved together, without what it cannot move."""
+
+    move: Callable[[Sample, torch.Generator], Sample]
+
+
 Metrics: TypeAlias = Mapping[str, float]
 
 PRECISIONS: Mapping[str, Literal["32-true", "bf16-mixed"]] = {"32-true": "32-true", "bf16-mixed": "bf16-mixed"}
@@ -128,7 +136,7 @@ def fit(
     seed: int = 0,
     out: Path | str | None = None,
     every: int = 200,
-    augment: Augment | None = None,
+    augment: Augment | Joint | None = None,
     resume: bool = True,
     report: Callable[[Progress], None] | None = None,
     precision: str = "32-true",
@@ -156,7 +164,7 @@ def fit(
     fabric = fabric_of(accelerator, precision)
     numbers = {"images": len(dataset), "epochs": epochs, "batch": batch, "seed": seed, "fraction": fraction}
     ends = {"first": dataset[0].id, "last": dataset[len(dataset) - 1].id}
-    settings = {**numbers, **ends, "precision": precision, "augment": describe(augment), **trainer.settings}
+    settings = {**numbers, **ends, "precision": precision, "augment": describe(named(augment)), **trainer.settings}
     folder = None if out is None else Path(out)
     seen = math.ceil(fraction * len(dataset))
     steps, entered, stopped = math.ceil(seen / batch), -1, False
@@ -308,10 +316,20 @@ def walk(
             yield epoch, step, order[step * batch : (step + 1) * batch]
 
 
-def varied(sample: Sample, augment: Augment | None, randomness: torch.Generator) -> Sample:
-    """Return the sample with an augmented image, and without its geometry, which holds no longer."""
+def named(augment: Augment | Joint | None) -> Callable[..., Any] | None:
+    """Return the function whose name and settings a checkpoint keeps."""
+    return augment.move if isinstance(augment, Joint) else augment
+
+
+def varied(sample: Sample, augment: Augment | Joint | None, randomness: torch.Generator) -> Sample:
+    """Return the sample as a `Joint` moves it, or with an augmented image alone.
+
+    Then it has no geometry, which holds no longer.
+    """
     if augment is None:
         return sample
+    if isinstance(augment, Joint):
+        return augment.move(sample, randomness)
     return Sample(sample.id, augment(sample.image, randomness), sample.label, sample.labels)
 
 
@@ -442,15 +460,15 @@ def logged(folder: Path, kind: str | None) -> Iterator[Callable[[Progress], None
 
 
 class Remembered:
-    """A data set that reads every sample once: id, image and label stay in memory, geometry does not.
+    """A data set that reads every sample once: id, image, label and, if `masks`, mask stay, other geometry does not.
 
-    An image that 8 bits hold exactly is kept in 8 bits, any other as it is; what comes out is equal to what went in.
-    What does not fit into `most` bytes is read again.
+    An image or mask that 8 bits hold exactly is kept in 8 bits, any other as it is; what comes out is equal to what
+    went in. What does not fit into `most` bytes is read again.
     """
 
-    def __init__(self, dataset: Indexed[Sample], most: int = 2**32) -> None:
-        self.dataset, self.left = dataset, most
-        self.kept: dict[int, tuple[str, Tensor, int | None, Tensor | None]] = {}
+    def __init__(self, dataset: Indexed[Sample], most: int = 2**32, *, masks: bool = False) -> None:
+        self.dataset, self.left, self.masks = dataset, most, masks
+        self.kept: dict[int, tuple[str, Tensor, int | None, Tensor | None, Tensor | None]] = {}
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -458,18 +476,26 @@ class Remembered:
     def __getitem__(self, index: int, /) -> Sample:
         if index not in self.kept:
             sample = self.dataset[index]
-            packed = sample.id, pack(sample.image), sample.label, sample.labels
-            self.left -= packed[1].nbytes
+            image, mask = pack(sample.image), sample.mask if self.masks else None
+            packed = None if mask is None else pack_mask(mask)
+            self.left -= image.nbytes + (0 if packed is None else packed.nbytes)
             if self.left < 0:
-                return Sample(sample.id, sample.image, sample.label, sample.labels)
-            self.kept[index] = packed
-        id_, image, label, labels = self.kept[index]
-        return Sample(id_, image / 255 if image.dtype == torch.uint8 else image, label, labels)
+                return Sample(sample.id, sample.image, sample.label, sample.labels, mask=mask)
+            self.kept[index] = sample.id, image, sample.label, sample.labels, packed
+        id_, image, label, labels, mask = self.kept[index]
+        whole = image / 255 if image.dtype == torch.uint8 else image
+        return Sample(id_, whole, label, labels, mask=None if mask is None else mask.long())
 
 
-def remember(dataset: Indexed[Sample], *, most: int = 2**32) -> Indexed[Sample]:
+def remember(dataset: Indexed[Sample], *, most: int = 2**32, masks: bool = False) -> Indexed[Sample]:
     """Read every sample of `dataset` at most once, as far as they fit into `most` bytes; see `Remembered`."""
-    return Remembered(dataset, most)
+    return Remembered(dataset, most, masks=masks)
+
+
+def pack_mask(mask: Tensor) -> Tensor:
+    """Return the mask in 8 bits where that loses nothing, else the mask."""
+    bits = mask.to(torch.uint8)
+    return bits if torch.equal(bits.to(mask.dtype), mask) else mask
 
 
 def pack(image: Tensor) -> Tensor:

@@ -4,15 +4,16 @@ Nothing here scales a map: `maps.resize` and `maps.unit` are steps of their own.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from io import BytesIO
-from itertools import accumulate
-from typing import TypeAlias
+from itertools import accumulate, cycle
+from typing import Any, TypeAlias
 
 import matplotlib
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torch.nn import functional as F
@@ -29,7 +30,24 @@ LUMA = (0.299, 0.587, 0.114)
 INK, PAPER, VOID = (32, 34, 38), (255, 255, 255), (238, 239, 241)
 """Colors of a contact sheet: its text, its ground, a cell without a picture."""
 
+HUES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+"""Colors of curves that differ for every eye (Okabe and Ito 2008)."""
+
+MARKS = "osD^vP*"
+"""Marks of curves, in the same order."""
+
+PANELS = 3
+"""How many panels stand side by side."""
+
+SCATTER_DPI = 100
+"""Dots per inch at which scatter plots are set."""
+
+SMALL = 96
+"""Side in pixels below which a scatter plot is points alone."""
+
 Font: TypeAlias = ImageFont.FreeTypeFont | ImageFont.ImageFont
+Line: TypeAlias = tuple[str, tuple[float, float, float] | None]
+"""A line of a caption, and the color of the square before it."""
 
 
 def colorize(saliency: Float[Tensor, "*b i j"], *, cmap: str = "inferno") -> Float[Tensor, "*_b i j"]:
@@ -114,6 +132,80 @@ def outline(
     return torch.where(region & near, x.new_tensor(color).view(3, 1, 1), x)
 
 
+def palette() -> Float[Tensor, "256 3"]:
+    """Return the colors of Pascal VOC's label maps in [0, 1]: 0 black, 255 cream.
+
+    The bits of a label go in turn to red, green and blue, the lowest ones to the highest places.
+    """
+    labels = torch.arange(256)
+    places = [(labels[:, None] >> (3 * place + torch.arange(3)) & 1) << (7 - place) for place in range(3)]
+    return torch.stack(places).sum(0) / 255
+
+
+def painted(
+    image: Float[Tensor, "ch h w"],
+    labels: Int[Tensor, "i j"],
+    colors: Float[Tensor, "k 3"],
+    *,
+    alpha: float = 0.8,
+    fade: float = 0.5,
+) -> Float[Tensor, "3 h w"]:
+    """Paint every pixel of an image in [0, 1] in the color of its label; label 0 shows the photo, darker and grayer.
+
+    Raises:
+        ValueError: labels of another size than the image's or without a color, or an image outside [0, 1].
+    """
+    x = _rgb(image)
+    if labels.shape != x.shape[1:]:
+        raise ValueError(f"expected labels of {tuple(x.shape[1:])} pixels, got {tuple(labels.shape)}")
+    if not 0 <= int(labels.min()) <= int(labels.max()) < len(colors):
+        given = f"{int(labels.min())} to {int(labels.max())}"
+        raise ValueError(f"expected labels in 0..{len(colors) - 1}, one a color, got {given}")
+    return _blend(x, colors.to(x)[labels].permute(2, 0, 1), (labels > 0).to(x), alpha=alpha, fade=fade)
+
+
+def scatter(
+    x: Float[Tensor, " n"],
+    y: Float[Tensor, " n"],
+    colors: Float[Tensor, "n 3"],
+    *,
+    axes: tuple[str, str] = ("", ""),
+    side: int = 224,
+) -> Float[Tensor, "3 side side"]:
+    """Draw points (x, y) in their colors, and the lines x = 0 and y = 0, in a square picture of `side` pixels.
+
+    `axes` are the names of the horizontal and the vertical one; pictures below `SMALL` pixels have no room for them
+    and for numbers. The more points, the smaller they are.
+
+    Raises:
+        ValueError: no point, or one that is not finite.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    if not len(x) or not bool(x.isfinite().all() and y.isfinite().all()):
+        raise ValueError(f"expected points with finite coordinates, got {len(x)} of which some are none")
+    font = 72 * max(9, side // 20) / SCATTER_DPI
+    figure = Figure(figsize=(side / SCATTER_DPI, side / SCATTER_DPI), dpi=SCATTER_DPI, layout="constrained")
+    place = figure.subplots()
+    ink = [value / 255 for value in INK]
+    place.axvline(0, color=ink, linewidth=0.8, zorder=3)
+    place.axhline(0, color=ink, linewidth=0.8, zorder=3)
+    size = min(16.0, max(1.0, 4000 / len(x))) * side / 224
+    place.scatter(x.tolist(), y.tolist(), s=size, c=colors.tolist(), alpha=0.6, linewidths=0, zorder=2)
+    for one, name in zip((place.xaxis, place.yaxis), axes, strict=True):
+        one.set_major_locator(MaxNLocator(3))
+        one.set_label_text(name, fontsize=font, color=ink)
+        one.labelpad = 1
+        one.get_offset_text().set_fontsize(0.8 * font)
+    place.ticklabel_format(style="sci", scilimits=(-2, 3), useMathText=True)
+    place.tick_params(labelsize=0.85 * font, length=2, pad=1, colors=ink)
+    place.spines[["top", "right"]].set_visible(False)
+    if side < SMALL:
+        place.set_axis_off()
+    return _read(figure)[:, :side, :side]
+
+
 def to_pil(image: Float[Tensor, "ch h w"]) -> Image.Image:
     """Turn an image in [0, 1] into an 8-bit RGB picture.
 
@@ -149,6 +241,7 @@ def grid(
     titles: Sequence[str] = (),
     captions: Sequence[Sequence[str]] = (),
     blocks: Sequence[tuple[str, int]] = (),
+    keys: Mapping[str, tuple[float, float, float]] | None = None,
     cell: int = 160,
     gap: int = 8,
 ) -> Image.Image:
@@ -156,7 +249,8 @@ def grid(
 
     Pictures are fitted into square cells of `cell` pixels, `gap` pixels apart; None leaves its cell gray. `captions`
     has a line of texts a row, one below each picture, and may leave a row's empty. `blocks` are names of so many rows
-    each, from the top: blocks stand apart, with their names upright at the far left.
+    each, from the top: blocks stand apart, with their names upright at the far left. `keys` are beginnings of lines in
+    captions, before which a square of a color in [0, 1] stands: the legend.
 
     Raises:
         ValueError: no picture, rows of different lengths, not one title a row and column, captions that are not those
@@ -166,8 +260,10 @@ def grid(
     _check_groups(rows, captions, blocks)
     font = ImageFont.load_default(max(12, cell // 11))
     above, left = [_wrap(name, cell, font) for name in columns], [_wrap(name, cell, font) for name in titles]
-    below = [[_wrap(text, cell, font) for text in line] for line in captions] or [[] for _ in rows]
-    heights = [cell + (_height(line, font) + gap if line else 0) for line in below]
+    below = [[_keyed(text, keys or {}, cell, font) for text in line] for line in captions] or [[] for _ in rows]
+    heights = [
+        cell + (_height([[text for text, _ in each] for each in line], font) + gap if line else 0) for line in below
+    ]
     apart = dict.fromkeys(accumulate(count for _, count in blocks), 2 * gap)
     top = gap + _height(above, font) + (gap if columns else 0)
     tops = [*accumulate((height + gap + apart.get(j, 0) for j, height in enumerate(heights[:-1], 1)), initial=top)]
@@ -183,14 +279,64 @@ def grid(
     for start, row, lines in zip(tops, rows, below, strict=True):
         for i, image in enumerate(row):
             _paste(sheet, image, (side + i * step, start), cell)
-        _write(sheet, lines, [(side + i * step + cell // 2, start + cell + gap // 2) for i in range(width)], font, "ma")
+        for i, each in enumerate(lines):
+            _caption(sheet, each, (side + i * step + cell // 2, start + cell + gap // 2), font)
     return sheet
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Values y at points x of an axis, with the half-width of a band around each."""
+
+    x: tuple[float, ...]
+    y: tuple[float, ...]
+    spread: tuple[float, ...]
+
+
+def curves(panels: Mapping[str, Mapping[str, Curve]], axis: str) -> Image.Image:
+    """Draw named curves over a common axis, a panel each metric, the names once.
+
+    Raises:
+        ValueError: no panel.
+    """
+    from matplotlib.figure import Figure
+
+    if not panels:
+        raise ValueError("expected at least one panel of curves, got none")
+    columns = min(len(panels), PANELS)
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(3.4 * columns, 2.8 * rows + 0.4), dpi=110, layout="constrained")
+    places = figure.subplots(rows, columns, squeeze=False).flatten()
+    for place, (title, each) in zip(places, panels.items(), strict=False):
+        place.set_title(title, fontsize=10)
+        place.set_xlabel(axis, fontsize=9)
+        place.tick_params(labelsize=8)
+        place.spines[["top", "right"]].set_visible(False)
+        for (name, one), color, mark in zip(each.items(), cycle(HUES), cycle(MARKS)):
+            low = [y - s for y, s in zip(one.y, one.spread, strict=True)]
+            high = [y + s for y, s in zip(one.y, one.spread, strict=True)]
+            place.fill_between(one.x, low, high, color=color, alpha=0.18, linewidth=0)
+            place.plot(one.x, one.y, color=color, marker=mark, markersize=4, linewidth=1.6, label=name)
+    for place in places[len(panels) :]:
+        place.set_visible(False)
+    handles, names = places[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=min(len(names), 4), frameon=False, fontsize=9)
+    file = BytesIO()
+    figure.savefig(file, format="png")
+    return Image.open(file).convert("RGB")
 
 
 def _encode(image: Tensor | Image.Image, form: str, **options: int) -> bytes:
     file = BytesIO()
     (image if isinstance(image, Image.Image) else to_pil(image)).save(file, form, **options)
     return file.getvalue()
+
+
+def _read(figure: Any) -> Float[Tensor, "3 h w"]:
+    """Return a figure as an image in [0, 1]."""
+    file = BytesIO()
+    figure.savefig(file, format="png")
+    return torch.from_numpy(np.asarray(Image.open(file).convert("RGB")).copy()).permute(2, 0, 1) / 255
 
 
 def _rgb(image: Tensor) -> Tensor:
@@ -301,6 +447,39 @@ def _write(
     draw = ImageDraw.Draw(sheet)
     for lines, place in zip(titles, places, strict=False):
         draw.text(place, "\n".join(lines), INK, font, anchor=anchor, align="left" if anchor[0] == "l" else "center")
+
+
+def _keyed(text: str, keys: Mapping[str, tuple[float, float, float]], width: int, font: Font) -> list[Line]:
+    """Break a caption into lines that fit, each with the color of the square before it, where it has one."""
+    lines: list[Line] = []
+    for part in text.split("\n"):
+        named = max((key for key in keys if part == key or part.startswith(f"{key} ")), key=len, default=None)
+        room = width if named is None else width - _chip(font)
+        first, *rest = _wrap(part, room, font)
+        lines += [(first, None if named is None else keys[named]), *((one, None) for one in rest)]
+    return lines
+
+
+def _chip(font: Font) -> int:
+    """Return how much room the square before a line takes: as wide as lines stand apart."""
+    return _height([["x", "x"]], font) - _height([["x"]], font)
+
+
+def _caption(sheet: Image.Image, lines: Sequence[Line], place: tuple[int, int], font: Font) -> None:
+    """Write a caption below its place, centered; lines with squares before them start together."""
+    draw = ImageDraw.Draw(sheet)
+    text = "\n".join(one for one, _ in lines)
+    if all(color is None for _, color in lines):
+        draw.text(place, text, INK, font, anchor="ma", align="center")
+        return
+    chip = _chip(font)
+    left = place[0] - (_width([[one for one, _ in lines]], font) + chip) // 2
+    draw.multiline_text((left + chip, place[1]), text, INK, font, anchor="la")
+    for number, (_, color) in enumerate(lines):
+        if color is not None:
+            top = place[1] + number * chip + chip // 6
+            fill = tuple(round(255 * value) for value in color)
+            draw.rectangle((left, top, left + 2 * chip // 3, top + 2 * chip // 3), fill=fill)
 
 
 def _height(titles: Sequence[Sequence[str]], font: Font) -> int:

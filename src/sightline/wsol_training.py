@@ -13,15 +13,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from inspect import signature
-from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
+from typing import NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from sightline.classifier import Classifier, UnsuitedError
 from sightline.hooks import edit
-from sightline.registry import chosen, unknown
+from sightline.registry import configured
 from sightline.runs import Choice
 from sightline.types import Features, Images, Labels
 
@@ -246,25 +245,4 @@ def regularizer(text: str) -> Regularizer:
         TypeError, ValueError: a setting of a wrong kind, or out of range.
     """
     choice = Choice.parse(text)
-    kind = chosen(choice.name, REGULARIZERS, "regularizer")
-    defaults = {name: parameter.default for name, parameter in signature(kind).parameters.items()}
-    for name in choice.settings:
-        if name not in defaults:
-            raise LookupError(f"{choice.name}: {unknown(name, defaults, 'setting')}")
-    return kind(
-        **{name: like(defaults[name], value, f"{choice.name}: {name}") for name, value in choice.settings.items()}
-    )
-
-
-def like(default: Any, value: Any, what: str) -> Any:
-    """Return the value as the kind of its default: text, a whole number or a number.
-
-    Raises:
-        TypeError: it is of another kind.
-    """
-    if isinstance(default, str):
-        return str(value)
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or (isinstance(default, int) and not isinstance(value, int)):
-        raise TypeError(f"{what}: expected a {'whole ' if isinstance(default, int) else ''}number, got {value!r}")
-    return type(default)(value)
+    return configured(REGULARIZERS, choice.name, choice.settings, "regularizer")()

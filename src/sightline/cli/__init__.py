@@ -9,7 +9,7 @@ import click
 
 from sightline.memory import keep_freed
 
-COMMANDS = ("list", "explain", "gallery", "evaluate", "train", "study", "report")
+COMMANDS = ("list", "explain", "gallery", "evaluate", "train", "segment", "study", "report", "windows")
 
 DEBUG = "SIGHTLINE_DEBUG"
 """Set this environment variable to see the traceback behind a message."""

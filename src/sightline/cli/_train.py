@@ -21,7 +21,7 @@ OPTIONS: tuple[Callable[[Any], Any], ...] = (
     click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="A setting: lr, batch, augment ..."),
     click.option("--trials", type=click.IntRange(min=0), help="Try so many learning rates (WSOL protocol: 30)."),
     click.option("--val", help="What the trials are compared on: creatures?split=val."),
-    click.option("--select", help="Measured by what: accuracy, or a metric of the maps."),
+    click.option("--select", help="Measured by what: accuracy, mean_average_precision, or a metric."),
     click.option("--half", is_flag=True, default=None, help="Store the weights in 16 bits."),
     click.option("--track", type=click.Choice(["csv", "tensorboard"]), help="Keep every step's metrics in OUT/logs."),
     click.option("--spec", type=PATH, help="A recipe (TOML) with all of this; options given here win over it."),
@@ -81,6 +81,15 @@ def calm() -> None:
     """
 
 
+@trains("segmenter")
+def segmenter() -> None:
+    """Train a segmenter on masks, or on pseudo labels (--set labels=DIR), and write segmenter.safetensors.
+
+    DIR is what `sightline segment` writes. Use the file as a model, or beside another one as a method:
+    sightline explain PHOTO --method OUT/segmenter.safetensors
+    """
+
+
 def trained(
     kind: str,
     *,
@@ -123,9 +132,9 @@ def tell(path: Path) -> None:
         click.echo(f"skipped {file}: {reason}", err=True)
     for name, value in extra.get("test", {}).items():
         if name != "data":
-            shown = f"{value:.2%}" if name == "accuracy" else f"{value:.4g}"
+            shown = f"{value:.2%}" if name in ("accuracy", "mean_average_precision") else f"{value:.4g}"
             click.echo(f"{name} {shown} on {extra['test']['data']}")
-    click.echo(f"{path}: use it as --{'method' if path.stem == 'casm' else 'model'} {path}")
+    click.echo(f"{path}: use it as --{'model' if path.stem in ('classifier', 'calm') else 'method'} {path}")
 
 
 @contextmanager

@@ -1,5 +1,6 @@
-"""Explainers. What is learned before it explains: CASM, a network from images to masks, and CALM, a classifier whose
-maps come with its answer. Each has a module, its loss as pure functions, a frozen configuration and a trainer.
+"""Explainers. What is learned before it explains: CASM, a network from images to masks; CALM, a classifier whose maps
+come with its answer; segmenters, which learn from masks or pseudo labels. Each has a module, its loss as pure
+functions, a frozen configuration and a trainer.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,11 @@ if TYPE_CHECKING:
     from sightline.explainers._saved import casm as casm
     from sightline.explainers._saved import load_casm as load_casm
     from sightline.explainers._saved import save_casm as save_casm
+    from sightline.explainers._saved import segmenter as segmenter
     from sightline.explainers._search import search as search
+    from sightline.explainers._segmenter import Segmenter as Segmenter
+    from sightline.explainers._segmenter_training import SegmenterConfig as SegmenterConfig
+    from sightline.explainers._segmenter_training import train_segmenter as train_segmenter
 
 _HOMES = {
     "Casm": "_casm",
@@ -39,6 +44,10 @@ _HOMES = {
     "CalmConfig": "_calm_training",
     "train_calm": "_calm_training",
     "search": "_search",
+    "Segmenter": "_segmenter",
+    "segmenter": "_saved",
+    "SegmenterConfig": "_segmenter_training",
+    "train_segmenter": "_segmenter_training",
 }
 
 __all__ = list(_HOMES)

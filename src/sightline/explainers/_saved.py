@@ -1,6 +1,8 @@
-"""Saved. CASM's mapping in a file and back, and as a method by name.
+"""Saved. CASM's mapping in a file and back, and as a method by name; segmenters from files, as methods.
 
 Zolna, Geras, Cho: Classifier-agnostic saliency map extraction. CVIU 2020, https://arxiv.org/abs/1805.08249
+Ahn, Cho, Kwak: Weakly supervised learning of instance segmentation with inter-pixel relations. CVPR 2019,
+https://arxiv.org/abs/1904.05044
 """
 
 from collections.abc import Mapping
@@ -10,11 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float, Int
+from torch import Tensor
 
 from sightline import models
-from sightline.classifier import Classifier
+from sightline.classifier import Classifier, UnsuitedError, check_labels
 from sightline.explainers._casm import Casm
+from sightline.explainers._segmenter import log_odds, segmenter_of
 from sightline.models._files import fill, read, write
+from sightline.registry import unknown
 from sightline.runs import Choice
 from sightline.types import Images, Labels, Saliency
 
@@ -38,6 +44,97 @@ def casm(classifier: Classifier, x: Images, y: Labels | None = None, /, *, weigh
     precision = x.dtype if x.is_floating_point() else torch.float32
     mapping = remembered(path, path.stat().st_mtime_ns if path.exists() else 0, precision).to(x.device)
     return mapping.forward(classifier, x, y)
+
+
+def segmenter(classifier: Classifier, x: Images, y: Labels | None = None, /, *, weights: str | None = None) -> Saliency:
+    """Return how much more probable the class is than the background, pixel by pixel, by a trained segmenter.
+
+    S = log p_y - log p_0, (b, 1, h, w) at the input's resolution, signed. No class is above 0 exactly where the
+    background is the most probable one of all, and elsewhere the most probable class has the largest S; so without
+    normalization, at the threshold 0 and with all classes competing, the label map is the arg max of the softmax. One
+    forward pass of the segmenter.
+
+    `weights` is a file of `sightline train segmenter`; the classifier then says only which class it predicts and how
+    its classes are called: they meet the segmenter's by their names, where both have names, else by their numbers.
+    Without it the classifier is the segmenter.
+
+    Raises:
+        UnsuitedError: no weights, and a classifier that is no segmenter.
+        FileNotFoundError, ValueError: no such file, or not of a segmenter; a class that it does not have.
+    """
+    own = source(classifier, weights, x)
+    S = log_odds(own, x)
+    y = check_labels(S.amax((2, 3)), y) if own is classifier else renumbered(own, classifier, classifier.labels(x, y))
+    return of_classes(S, y[:, None])
+
+
+def segmenters(
+    classifier: Classifier, x: Images, classes: Int[Tensor, "b n"], *, weights: str | None = None
+) -> Float[Tensor, "b n h w"]:
+    """Return `segmenter` of several classes of each image, of one forward pass.
+
+    Raises:
+        UnsuitedError, FileNotFoundError, ValueError: as `segmenter`.
+    """
+    own = source(classifier, weights, x)
+    S = log_odds(own, x)
+    logits = S.amax((2, 3)) if own is classifier else classifier(x)
+    columns = [renumbered(own, classifier, check_labels(logits, column)) for column in classes.unbind(1)]
+    return of_classes(S, torch.stack(columns, 1))
+
+
+def source(classifier: Classifier, weights: str | None, x: Images) -> Classifier:
+    """Return the segmenter in a file, in the images' precision and where they are; without one the classifier."""
+    if weights is None:
+        return classifier
+    path = Path(weights)
+    precision = x.dtype if x.is_floating_point() else torch.float32
+    own = remembered_segmenter(path, path.stat().st_mtime_ns if path.exists() else 0, precision)
+    return replace(own, model=own.model.to(x.device))
+
+
+def renumbered(own: Classifier, classifier: Classifier, y: Labels) -> Labels:
+    """Return the segmenter's numbers of a classifier's classes.
+
+    Raises:
+        ValueError: a class that the segmenter does not have.
+    """
+    count = segmenter_of(own).classes
+    if not own.classes or not classifier.classes or own.classes == classifier.classes:
+        if wrong := [label for label in y.tolist() if label >= count]:
+            raise ValueError(f"label {wrong[0]} is outside 0..{count - 1}: the segmenter has {count} classes")
+        return y
+    names = [classifier.classes[label] for label in y.tolist()]
+    if missing := [name for name in names if name not in own.classes]:
+        raise ValueError(f"the segmenter has another set of classes: {unknown(missing[0], own.classes, 'class')}")
+    return torch.tensor([own.classes.index(name) for name in names], device=y.device)
+
+
+def of_classes(S: Float[Tensor, "b k h w"], classes: Int[Tensor, "b n"]) -> Float[Tensor, "b n h w"]:
+    """Return the maps of these classes of each image."""
+    return S.gather(1, classes[:, :, None, None].expand(-1, -1, *S.shape[2:]))
+
+
+@lru_cache(maxsize=2)
+def remembered_segmenter(path: Path, changed: int, precision: torch.dtype) -> Classifier:
+    """Return the segmenter of a file in a precision, read once as long as the file stays the same."""
+    own = load_segmenter(path)
+    return replace(own, model=own.model.to(precision))
+
+
+def load_segmenter(path: Path | str) -> Classifier:
+    """Return the segmenter of a file, on the CPU, in evaluation mode; `models.save` writes one, as any network.
+
+    Raises:
+        FileNotFoundError: the file or its manifest is not there.
+        ValueError: another kind of file, or weights that do not fit.
+    """
+    loaded = models.load(Choice(str(path), {}))
+    try:
+        segmenter_of(loaded)
+    except UnsuitedError as error:
+        raise ValueError(f"{path} holds no segmenter: {error}") from error
+    return loaded
 
 
 @lru_cache(maxsize=2)

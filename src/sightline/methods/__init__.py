@@ -11,6 +11,7 @@ from sightline.registry import load
 if TYPE_CHECKING:
     from sightline.classifier import Classifier, Method
     from sightline.explainers._saved import casm as casm
+    from sightline.explainers._saved import segmenter as segmenter
     from sightline.methods._ablation_cam import ablation_cam as ablation_cam
     from sightline.methods._binary_mask import binary_mask as binary_mask
     from sightline.methods._calm import calm_attribution as calm_attribution
@@ -399,6 +400,14 @@ METHODS: Mapping[str, Entry] = {
         "Zolna et al. 2020",
         cost="1 forward of its own network",
         class_specific=False,
+    ),
+    "segmenter": Entry(
+        "sightline.explainers._saved:segmenter",
+        "how much more probable the class is than the background, by a network trained on masks or pseudo labels",
+        "Ahn et al. 2019",
+        needs=("segmenter",),
+        cost="1 forward",
+        signed=True,
     ),
     "fake_cam": _entry(
         "fake_cam",

@@ -8,9 +8,8 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from sightline.classifier import Classifier, Method, check_labels, sigmoid
-from sightline.maps import resize
+from sightline.maps import by_maximum, resize
 from sightline.methods._cam import cam
-from sightline.methods._normalized import peak
 from sightline.methods._per_class import per_class
 from sightline.methods._perturbed import Chosen, Weight, called, check_counts, complete, weighting, weights
 from sightline.registry import unknown
@@ -175,8 +174,8 @@ def cam_scores(
         logits = classifier(x)
     y = check_labels(logits, y)
     each = torch.arange(logits.shape[1], device=y.device).expand(len(y), -1)
-    S = peak(per_class(by)(classifier, x, y[:, None] if classes == "label" else each)).amax(1, keepdim=True)
-    return y, peak(resize(S, (x.shape[2], x.shape[3]))).relu()
+    S = by_maximum(per_class(by)(classifier, x, y[:, None] if classes == "label" else each)).amax(1, keepdim=True)
+    return y, by_maximum(resize(S, (x.shape[2], x.shape[3]))).relu()
 
 
 def boxes(x: Images, samples: int, scale: tuple[float, float], generator: torch.Generator) -> list[Box]:

@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sightline.classifier import Classifier, Method
+from sightline.explainers._saved import segmenter, segmenters
 from sightline.methods._calm import (
     calm_attribution,
     calm_attributions,
@@ -26,6 +27,7 @@ PerClass: TypeAlias = Callable[[Classifier, Images, Int[Tensor, "b n"]], Float[T
 ONE_PASS: Mapping[Callable[..., Any], PerClass] = {
     cam: cams,
     rise: rises,
+    segmenter: segmenters,
     calm_attribution: calm_attributions,
     calm_class_given_location: calm_classes_given_location,
     calm_location_given_class: calm_locations_given_class,

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from sightline.metrics._box_accuracy import max_box_accuracy as max_box_accuracy
     from sightline.metrics._box_accuracy import max_box_accuracy_v2 as max_box_accuracy_v2
     from sightline.metrics._coverage import coverage as coverage
+    from sightline.metrics._dead_cells import dead_cells as dead_cells
     from sightline.metrics._infidelity import infidelity as infidelity
     from sightline.metrics._insertion import deletion as deletion
     from sightline.metrics._insertion import insertion as insertion
@@ -326,6 +327,13 @@ METRICS: Mapping[str, Entry] = {
         "sightline.metrics._mask_statistics:area_deviation",
         "standard deviation of the maps' means",
         "Zolna et al. 2020",
+        "%",
+        None,
+    ),
+    "dead_cells": Entry(
+        "sightline.metrics._dead_cells:dead_cells",
+        "share of the explained layer's cells in which nothing is active",
+        "Maruf et al. 2023",
         "%",
         None,
     ),

@@ -6,7 +6,6 @@ supervised semantic segmentation, 2023. In a mask 0 is background, c + 1 is clas
 
 from typing import Literal, TypeAlias
 
-import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -104,7 +103,7 @@ def regions(
     """Count the pixels of an object in HSR-DR, LSR-DR, HSR-NDR and LSR-NDR.
 
     DR = {CAM >= tau_cam}, NDR = {CAM < tau_cam}, HSR = {SM >= tau_sm}, LSR = {SM < tau_sm}, inside the object alone;
-    both maps are normalized (see `by_maximum`).
+    both maps are normalized (see `maps.by_maximum`).
     """
     place = 2 * (cam < tau_cam).long() + (saliency < tau_sm).long()
     return place[inside].bincount(minlength=4)
@@ -123,9 +122,3 @@ def four_regions(
     """
     counts = regions(cam, saliency, inside, tau_cam, tau_sm)
     return 100 * counts.double() / counts.sum()
-
-
-def by_maximum(maps: Float[Tensor, "n h w"]) -> Float[Tensor, "n h w"]:
-    """Divide each map by its maximum (eq 1); negative values stay, a map without positive ones becomes zero."""
-    top = maps.amax((1, 2), keepdim=True)
-    return torch.where(top > 0, maps / torch.where(top > 0, top, 1), 0)

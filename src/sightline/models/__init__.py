@@ -70,6 +70,9 @@ MODELS: Mapping[str, Entry] = MappingProxyType(
         "mini_vit": Entry(
             "sightline.models._mini_vit:mini_vit", "six transformer blocks, 2.7 M parameters, random weights"
         ),
+        "kernel_net": Entry(
+            "sightline.models._kernel_net:kernel_net", "five convolutions of one kernel, stride 1, random weights"
+        ),
         "resnet50_gap": Entry(
             "sightline.models._gap:resnet50_gap", "ResNet-50 without the last two strides: maps of 28 x 28 at 224"
         ),
@@ -78,6 +81,13 @@ MODELS: Mapping[str, Entry] = MappingProxyType(
         ),
         "inception_v3_gap": Entry(
             "sightline.models._gap:inception_v3_gap", "Inception v3 up to Mixed_6e with the same end, 28 x 28"
+        ),
+        "mini_seg": Entry(
+            "sightline.explainers._segmenter:mini_seg",
+            "a segmenter over a MiniResNet, random weights or weights=CLASSIFIER",
+        ),
+        "lraspp": Entry(
+            "sightline.explainers._segmenter:lraspp", "a segmenter: torchvision's LR-ASPP over MobileNetV3-Large"
         ),
         "calm": Entry(
             "sightline.explainers._calm:calm", "a CALM network over any other (backbone=), its two new layers random"
@@ -268,7 +278,9 @@ def _from_file(path: Path | str, *, layer: str | None = None) -> "Classifier":
     fill(built.model, content, path)
     h, w = manifest["size"]
     mean, std, classes = (tuple(manifest[name]) for name in ("mean", "std", "classes"))
-    return replace(built, mean=mean, std=std, size=(h, w), classes=classes).at(layer or manifest["layer"])
+    described = replace(built, mean=mean, std=std, size=(h, w), classes=classes)
+    wanted = layer or manifest["layer"]
+    return described if wanted == built.layer else described.at(wanted)
 
 
 def _untrained(choice: Choice) -> Choice:

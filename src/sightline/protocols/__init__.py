@@ -11,6 +11,7 @@ from sightline.registry import load
 
 if TYPE_CHECKING:
     from sightline.protocols._cue_localization import cue_localization as cue_localization
+    from sightline.protocols._discriminative_truth import discriminative_truth as discriminative_truth
     from sightline.protocols._discs import fit_discs as fit_discs
     from sightline.protocols._label_permutation import label_permutation as label_permutation
     from sightline.protocols._multi_classifier_accuracy import multi_classifier_accuracy as multi_classifier_accuracy
@@ -136,6 +137,22 @@ PROTOCOLS: Mapping[str, Entry] = {
         },
         (),
         "threshold",
+    ),
+    "discriminative_truth": Entry(
+        "sightline.protocols._discriminative_truth:discriminative_truth",
+        "whether what the map marks on an object are the pixels that truly tell its class from others",
+        "after Maruf et al. 2023",
+        "%",
+        {
+            "precision": True,
+            "recall": True,
+            "iou": True,
+            "base": None,
+            "precision_macro": True,
+            "recall_macro": True,
+            "iou_macro": True,
+            "base_macro": None,
+        },
     ),
 }
 

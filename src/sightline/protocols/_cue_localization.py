@@ -19,8 +19,8 @@ from sightline.classifier import Classifier, Method
 from sightline.data import Batch, Indexed, Sample, batches, collate
 from sightline.evaluation import Maps, checked_batch
 from sightline.maps import blur as blurred
-from sightline.maps import resize, unit
-from sightline.methods._normalized import Normalize, peak
+from sightline.maps import by_maximum, resize, unit
+from sightline.methods._normalized import Normalize
 from sightline.metrics import finite
 from sightline.metrics._pxap import average_precision, histogram_average_precision
 from sightline.protocols._cues import Cues, Marks, Masks, Rule, cues_of
@@ -36,7 +36,7 @@ Pool: TypeAlias = tuple[Tensor, Tensor]
 
 NORMALIZED: Mapping[str, Callable[[Tensor], Tensor]] = {
     "none": lambda maps: maps,
-    "max": lambda maps: peak(maps.clamp(min=0)),
+    "max": lambda maps: by_maximum(maps.clamp(min=0)),
     "unit": unit,
 }
 RESCALED: Mapping[str, Callable[[Tensor], Tensor]] = {**NORMALIZED, "clip": lambda maps: maps.clamp(0, 1)}

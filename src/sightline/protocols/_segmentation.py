@@ -5,33 +5,43 @@ supervised semantic segmentation, 2023. The background is resolved as in IRN (Ah
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
-from typing import Literal, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from sightline.backgrounds import IGNORE, Resolve, resolve_of
 from sightline.classifier import Classifier, Method, UnsuitedError
-from sightline.data import Batch, Indexed, Sample, batches
+from sightline.data import Batch, Indexed, Sample, batches, layers
 from sightline.evaluation import Maps, checked_batch
-from sightline.maps import resize, unit
+from sightline.maps import by_maximum, resize, unit
 from sightline.methods._cam import cam
 from sightline.methods._grad_cam import grad_cam
 from sightline.metrics import finite
-from sightline.metrics._segmentation import REGIONS, Average, by_maximum, regions, share
-from sightline.registry import unknown
+from sightline.metrics._segmentation import REGIONS, Average, regions, share
+from sightline.protocols._cues import KEYPOINTS
+from sightline.registry import chosen
 from sightline.runs import Choice, Score
 from sightline.types import Images, Labels, Saliency
 
 Normalize: TypeAlias = Literal["max", "unit", "none"]
 
+Compete: TypeAlias = Literal["present", "all"]
+"""Which classes a pixel may get: those known to be in its image, or all that the network has."""
+
+Regions: TypeAlias = Literal["cam", "cue"]
+"""What DR is: where a CAM is high, or the parts by which the data set tells its classes apart."""
+
+Parting: TypeAlias = Callable[[Classifier, Batch, Sequence[Sequence[int]], int], Sequence[Bool[Tensor, "_n h w"]]]
+"""From a batch and the classes of each image to where their DR are, some images at a time."""
+
 THRESHOLDS = tuple(step / 100 for step in range(1, 51))
 """0.01 to 0.50 by 0.01."""
-
-IGNORE = 255
 
 
 def segmentation(
@@ -42,7 +52,11 @@ def segmentation(
     thresholds: Sequence[float] = THRESHOLDS,
     threshold: float | None = None,
     normalize: Normalize = "max",
+    resolve: Resolve | str | Mapping[str, Any] = "basic",
+    compete: Compete = "present",
+    regions: Regions = "cam",
     by: Method | None = None,
+    reference: Classifier | None = None,
     tau_cam: float = 0.25,
     tau_sm: float = 0.15,
     batch: int = 16,
@@ -50,8 +64,11 @@ def segmentation(
     """Segment images by their maps at every threshold; report everything at the one with the best mean IoU.
 
     For each class in the image (`labels`, else the label, else the classes in the mask) the map is resized to the
-    image (bilinear) and divided by its maximum (`normalize`: "unit" scales it to [0, 1], "none" leaves it). A pixel is
-    background where no map exceeds the threshold, else of the class with the largest one (the first of equal ones).
+    image (bilinear) and divided by its maximum (`normalize`: "unit" scales it to [0, 1], "none" leaves it). What
+    `resolve` makes of the maps of these classes ("basic": nothing) is thresholded: a pixel is background where no map
+    exceeds the threshold, else of the class with the largest one (the first of equal ones). A trained segmenter, whose
+    maps are log p_c - log p_background, is scored without image labels by `compete="all", normalize="none",
+    threshold=0`.
 
         miou                       mean IoU over the classes, the background too
         fg_precision, _micro       correct foreground / predicted foreground: mean over classes, or pooled
@@ -60,38 +77,43 @@ def segmentation(
         threshold                  where the mean IoU is best (the lowest of equal ones), or the one that was given
 
     All but the last in percent. DR_c and NDR_c are the pixels of class c in the mask where the map of `by`, divided by
-    its maximum, is at least `tau_cam` or below; `by` is the CAM of this classifier by default, and Grad-CAM (which has
-    no negative values) for a network without a linear head. HSR and LSR are those where the map of the method is at
-    least `tau_sm` or below. All pixels of the data set are pooled; 255 in the mask counts nowhere; a number of which
-    there is nothing (no class predicted, no NDR) is NaN. The sweep is one pass, its memory grows with classes times
-    thresholds.
+    its maximum, is at least `tau_cam` or below; `by` is the CAM by default, and Grad-CAM (which has no negative values)
+    for a network without a linear head. It explains `reference`, by default the classifier itself; the paper's tables
+    need one reference for all methods. With `regions="cue"` DR_c are instead the pixels that truly tell class c from
+    the ones nearest to it, where the data set knows them (creatures), and NDR_c the rest of its mask. HSR and LSR are
+    the pixels where the map of the method, before `resolve`, is at least `tau_sm` or below. All pixels of the data set
+    are pooled; 255 in the mask counts nowhere; a number of which there is nothing (no class predicted, no NDR) is NaN.
+    The sweep is one pass, its memory grows with classes times thresholds, and with all classes competing with `batch`
+    times classes.
 
     The recalls are biased where a CAM itself is evaluated: for an image of one class its DR-Recall is 100 at every
     threshold up to `tau_cam`, and its NDR-Recall is 0 at every one from there on. They tell how well other maps make
     up for what CAMs miss.
 
-    *Differs:* only the basic background resolve; the recalls are means over classes, of which the paper says nothing.
+    *Differs:* the recalls are means over classes, of which the paper says nothing.
 
     Raises:
         ValueError: thresholds that do not increase, an image without a mask or with a mask of another size, a class
-            that the network does not have, or no image.
-        LookupError: an unknown `normalize`.
+            that the network does not have, a reference with other classes, settings of a CAM where the regions are
+            cues, a data set that knows no cues, or no image.
+        LookupError: an unknown `normalize`, `compete` or `regions`, or a `resolve` or a setting of one.
+        TypeError: a setting of a `resolve` of a wrong kind.
     """
-    if normalize not in NORMALIZERS:
-        raise LookupError(unknown(normalize, NORMALIZERS, "normalization"))
     levels = checked_levels(thresholds if threshold is None else (threshold,))
-    seen, found = Maps.of_method(method), Maps.of_method(by or cam_of)
+    scaled, resolved = chosen(normalize, NORMALIZERS, "normalization"), resolve_of(resolve)
+    everyone = chosen(compete, {"present": False, "all": True}, "choice of competing classes")
+    seen, found = Maps.of_method(method), parting(samples, regions, by, reference, tau_cam)
     tally: Tally | None = None
     for part in batches(samples, batch):
         part = checked_batch(part, classifier)
         if tally is None:
-            tally = Tally.of_classes(classifier(part.x[:1]).shape[1], levels)
-        scenes = [Scene.of(sample, tally.classes) for sample in part.samples]
-        S = NORMALIZERS[normalize](explained(seen, classifier, part, scenes, batch))
-        C = by_maximum(explained(found, classifier, part, scenes, batch))
-        sizes = [len(scene.classes) for scene in scenes]
-        for scene, s, c in zip(scenes, torch.split(S, sizes), torch.split(C, sizes), strict=True):
-            tally.add(scene, s, c, tau_cam, tau_sm)
+            tally = Tally.of_classes(class_count(classifier, reference, part), levels)
+        scenes = [Scene.of(sample, tally.classes, everyone) for sample in part.samples]
+        S = explained(seen, classifier, part, [scene.classes for scene in scenes], batch)
+        D = found(classifier, part, [scene.there for scene in scenes], batch)
+        for image, scene, s, dr in zip(part.x, scenes, map(scaled, S), D, strict=True):
+            R = s[scene.among(scene.competing)]
+            tally.add(scene, resolved(image, R) if len(R) else R, s[scene.among(scene.there)], dr, tau_sm)
     if tally is None:
         raise ValueError("no image was measured; the data set is empty")
     return outcome(tally)
@@ -131,15 +153,15 @@ NORMALIZERS = {"max": by_maximum, "unit": by_range, "none": itself}
 
 @dataclass(frozen=True, eq=False)
 class Scene:
-    """The mask of one image and the classes of which it needs maps: those that compete, and those in the mask."""
+    """The mask of one image, the classes in it, and those that compete for its pixels; both in order."""
 
     mask: Int[Tensor, "h w"]
-    classes: tuple[int, ...]
-    competing: tuple[bool, ...]
+    there: tuple[int, ...]
+    competing: tuple[int, ...]
 
     @classmethod
-    def of(cls, sample: Sample, count: int) -> "Scene":
-        """Read a sample's annotations.
+    def of(cls, sample: Sample, count: int, everyone: bool = False) -> "Scene":
+        """Read a sample's annotations; all classes of the network compete, or those known to be in the image.
 
         Raises:
             ValueError: no mask, one of another size than the image, or a class outside 0..count - 1.
@@ -151,11 +173,19 @@ class Scene:
             raise ValueError(f"the mask of {sample.id!r} is {sizes[0]} pixels, its image {sizes[1]}; resize both")
         mask = sample.mask.long()
         there = {value - 1 for value in torch.unique(mask).tolist() if value not in (0, IGNORE)}
-        competing = present(sample, there)
+        competing = {*range(count)} if everyone else present(sample, there)
         if wrong := [label for label in sorted(there | competing) if not 0 <= label < count]:
             raise ValueError(f"{sample.id!r} shows class {wrong[0]}, and the network has classes 0..{count - 1}")
-        needed = tuple(sorted(there | competing))
-        return cls(mask, needed, tuple(label in competing for label in needed))
+        return cls(mask, tuple(sorted(there)), tuple(sorted(competing)))
+
+    @property
+    def classes(self) -> tuple[int, ...]:
+        """The classes of which it needs maps, in order."""
+        return tuple(sorted({*self.there, *self.competing}))
+
+    def among(self, labels: Sequence[int]) -> list[int]:
+        """Return the places of some of its classes."""
+        return [self.classes.index(label) for label in labels]
 
 
 def present(sample: Sample, there: set[int]) -> set[int]:
@@ -166,11 +196,11 @@ def present(sample: Sample, there: set[int]) -> set[int]:
 
 
 def explained(
-    maps: Maps, classifier: Classifier, part: Batch, scenes: Sequence[Scene], chunk: int
-) -> Float[Tensor, "n _h _w"]:
-    """Return one map an image and class of the scenes, at the images' size in float64, `chunk` at a time."""
+    maps: Maps, classifier: Classifier, part: Batch, classes: Sequence[Sequence[int]], chunk: int
+) -> tuple[Float[Tensor, "_n h w"], ...]:
+    """Return for each image one map a class, at the image's size in float64; they are made `chunk` at a time."""
     size = (part.x.shape[2], part.x.shape[3])
-    pairs = [(i, label) for i, scene in enumerate(scenes) for label in scene.classes]
+    pairs = [(i, label) for i, labels in enumerate(classes) for label in labels]
     found = [part.x.new_empty((0, *size), dtype=torch.float64)]
     for start in range(0, len(pairs), chunk):
         places, labels = zip(*pairs[start : start + chunk], strict=True)
@@ -178,13 +208,125 @@ def explained(
         ids, samples = tuple(part.ids[i] for i in places), tuple(part.samples[i] for i in places)
         raw = finite(maps.of(classifier, Batch(ids, part.x[list(places)], y, samples), y))
         found.append(enlarged(raw.double(), size)[:, 0])
-    return torch.cat(found)
+    return torch.split(torch.cat(found), [len(labels) for labels in classes])
 
 
 def enlarged(raw: Saliency, size: tuple[int, int]) -> Saliency:
     """Resize maps; a constant one stays exactly so, where rounding would leave a pattern to be scaled up."""
     first = raw[:, :, :1, :1]
     return torch.where((raw == first).all(3, keepdim=True).all(2, keepdim=True), first, resize(raw, size))
+
+
+def class_count(classifier: Classifier, reference: Classifier | None, part: Batch) -> int:
+    """Return how many classes the network has.
+
+    Raises:
+        ValueError: the reference has others.
+    """
+    count = classifier(part.x[:1]).shape[1]
+    if reference is None:
+        return count
+    if (other := reference(part.x[:1]).shape[1]) != count:
+        raise ValueError(
+            f"the network has {count} classes and the reference {other}; take one that was trained on the same classes"
+        )
+    if classifier.classes and reference.classes and classifier.classes != reference.classes:
+        first = next(i for i in range(count) if classifier.classes[i] != reference.classes[i])
+        raise ValueError(
+            f"class {first} is {classifier.classes[first]!r} for the network and {reference.classes[first]!r} for the "
+            "reference; take one that was trained on the same classes"
+        )
+    return count
+
+
+def parting(
+    samples: object, regions: Regions, by: Method | None, reference: Classifier | None, tau_cam: float
+) -> Parting:
+    """Return the function that finds the discriminative regions, DR.
+
+    Raises:
+        LookupError: unknown regions.
+        ValueError: settings of a CAM where the regions are cues, or a data set that knows no cues.
+    """
+    if chosen(regions, {"cam": False, "cue": True}, "choice of regions"):
+        if by is not None or reference is not None:
+            raise ValueError("regions='cue' are the data set's own, no CAM's; leave out by= and reference=")
+        return partial(marked, telling_of(samples))
+    return partial(highest, Maps.of_method(by or cam_of), reference, tau_cam)
+
+
+def highest(
+    maps: Maps,
+    reference: Classifier | None,
+    tau_cam: float,
+    classifier: Classifier,
+    part: Batch,
+    classes: Sequence[Sequence[int]],
+    chunk: int,
+) -> list[Bool[Tensor, "_n h w"]]:
+    """Return for each image and class where the map, divided by its maximum, is at least `tau_cam`."""
+    return [by_maximum(C) >= tau_cam for C in explained(maps, reference or classifier, part, classes, chunk)]
+
+
+def marked(
+    telling: "Telling", classifier: Classifier, part: Batch, classes: Sequence[Sequence[int]], chunk: int
+) -> list[Bool[Tensor, "_n h w"]]:
+    """Return for each image and class the pixels that truly tell the class from the ones nearest to it."""
+    empty = part.x.new_zeros((0, *part.x.shape[2:]), dtype=torch.bool)
+    pairs = zip(part.samples, classes, strict=True)
+    own = [[telling.of(sample, label).to(part.x.device) for label in labels] for sample, labels in pairs]
+    return [torch.stack(one) if one else empty for one in own]
+
+
+@runtime_checkable
+class Cued(Protocol):
+    """A data set that knows the parts by which each class differs from the ones nearest to it."""
+
+    def cues(self, label: int, /) -> tuple[str, ...]: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Telling:
+    """The parts that tell classes apart, in the numbers of the samples' labels.
+
+    `labels` says how the data set's samples are labeled, class by class; None where the class is the label.
+    """
+
+    source: Cued
+    labels: tuple[int, ...] | None
+
+    def of(self, sample: Sample, label: int) -> Bool[Tensor, "h w"]:
+        """Return the visible pixels of a sample that tell a class from the ones nearest to it.
+
+        Raises:
+            ValueError: a sample without a mask or parts.
+        """
+        if sample.mask is None or not sample.parts:
+            raise ValueError(
+                f"what tells classes apart needs a mask and parts, and {sample.id!r} lacks one; see creatures"
+            )
+        names = self.source.cues(label if self.labels is None else self.labels.index(label))
+        shown = [pixels for name, pixels in sample.parts.items() if KEYPOINTS.get(name, name) in names]
+        return torch.stack(shown).any(0) & (sample.mask == label + 1)
+
+
+def telling_of(samples: object) -> Telling:
+    """Return what the data set behind the samples knows of its classes, through whatever wraps it.
+
+    Raises:
+        ValueError: it knows nothing.
+    """
+    labels: tuple[int, ...] | None = None
+    for layer in layers(samples):
+        found: tuple[int, ...] | None = getattr(layer, "numbers", None)
+        if found is not None:
+            labels = found if labels is None else tuple(labels[number] for number in found)
+        if isinstance(layer, Cued):
+            return Telling(layer, labels)
+    raise ValueError(
+        f"only creatures know which pixels truly tell a class from others, and {type([*layers(samples)][-1]).__name__} "
+        "knows none; take creatures, or regions that a CAM defines"
+    )
 
 
 @dataclass(eq=False)
@@ -217,32 +359,36 @@ class Tally:
         return len(self.predicted)
 
     def add(
-        self, scene: Scene, S: Float[Tensor, "n h w"], C: Float[Tensor, "n h w"], tau_cam: float, tau_sm: float
+        self,
+        scene: Scene,
+        R: Float[Tensor, "m h w"],
+        S: Float[Tensor, "n h w"],
+        D: Bool[Tensor, "n h w"],
+        tau_sm: float,
     ) -> None:
-        """Add one image with the method's maps S and the CAMs C of its classes."""
+        """Add one image: the resolved maps R of what competes, the method's maps S and the DR of what is there."""
         mask, bins = scene.mask.to(S.device), len(self.levels) + 1
-        best, place = self.ranked(scene, S)
+        best, place = self.ranked(scene, R)
         counted = mask != IGNORE
         cells = (best * bins + place)[counted].bincount(minlength=self.predicted.numel())
         self.predicted += cells.view(self.predicted.shape).cpu()
         self.background += place[mask == 0].bincount(minlength=bins).cpu()
-        for label, s, c in zip(scene.classes, S, C, strict=True):
-            inside, dr = mask == label + 1, (c >= tau_cam).long()
+        for label, s, d in zip(scene.there, S, D, strict=True):
+            inside, dr = mask == label + 1, d.long()
             own = inside & (best == label)
             self.true[label] += dr[inside].bincount(minlength=2).cpu()
             self.hits[label] += (dr * bins + place)[own].bincount(minlength=2 * bins).view(2, bins).cpu()
-            self.regions += regions(c, s, inside, tau_cam, tau_sm).cpu()
+            self.regions += regions(dr.double(), s, inside, 1.0, tau_sm).cpu()
         self.images += bool(counted.any())
 
-    def ranked(self, scene: Scene, S: Float[Tensor, "n h w"]) -> tuple[Int[Tensor, "h w"], Int[Tensor, "h w"]]:
-        """Return each pixel's class of the largest competing map, and how many thresholds lie below that map."""
-        nothing = torch.zeros(scene.mask.shape, dtype=torch.long, device=S.device)
-        if not any(scene.competing):
+    def ranked(self, scene: Scene, R: Float[Tensor, "m h w"]) -> tuple[Int[Tensor, "h w"], Int[Tensor, "h w"]]:
+        """Return each pixel's class of the largest map, and how many thresholds lie below that map."""
+        if not len(R):
+            nothing = torch.zeros(scene.mask.shape, dtype=torch.long, device=R.device)
             return nothing, nothing
-        labels = torch.tensor(scene.classes, device=S.device)
-        taking = torch.tensor(scene.competing, device=S.device)
-        value, which = S[taking].max(0)
-        return labels[taking][which], torch.searchsorted(value.new_tensor(self.levels), value.contiguous())
+        value, which = R.max(0)
+        best = torch.tensor(scene.competing, device=R.device)[which]
+        return best, torch.searchsorted(value.new_tensor(self.levels), value.contiguous())
 
 
 def above(counts: Int[Tensor, "*k bins"]) -> Int[Tensor, "*k t"]:

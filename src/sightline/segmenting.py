@@ -1,0 +1,738 @@
+"""Segmenting. Pseudo labels at scale: from maps to label maps in files, over any data set, in any number of processes.
+
+The first stage of weakly supervised segmentation, as in IRN (Ahn, Cho and Kwak, Weakly supervised learning of instance
+segmentation with inter-pixel relations, CVPR 2019) and in Maruf et al., Beyond discriminative regions, 2023.
+
+Images are cut into batches of consecutive ones, and whole batches are dealt to the processes that `RANK` and
+`WORLD_SIZE` tell of, as `torchrun` sets them. What a batch gives depends on nothing but its images, so any number of
+processes writes the same bytes (on one kind of device, with one number of threads); they share nothing but the folder.
+A batch is done when its line is in OUT/done/RANK.jsonl, which happens after all of its files are there.
+"""
+
+import hashlib
+import json
+import math
+import os
+import re
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, fields, replace
+from functools import partial
+from pathlib import Path, PurePosixPath
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from sightline import models, viz
+from sightline.backgrounds import IGNORE, LARGEST, Resolve, labels_at, resolve_of
+from sightline.classifier import Classifier
+from sightline.data import Batch, Dataset, Indexed, Sample, collate
+from sightline.evaluation import Maps, checked_batch, logits_of, synchronize
+from sightline.images import ImageError
+from sightline.interchange import Cams, palette, read_labels, write_irn, write_labels
+from sightline.maps import degenerate, resize
+from sightline.metrics import finite
+from sightline.models._files import checksums
+from sightline.protocols._segmentation import NORMALIZERS, enlarged
+from sightline.registry import chosen, unknown
+from sightline.running import chosen_method, labeled, reader_of
+from sightline.runs import Choice, Spec, arguments, provenance, read_toml, without_none, write_bytes, write_text
+from sightline.settings import bind
+
+Report: TypeAlias = Callable[[int, int, str], None]
+"""Told how many of how many images of this process are done, and how fast."""
+
+Compete: TypeAlias = Callable[[Classifier, Batch, int], list[tuple[int, ...]]]
+"""From a classifier, a batch and the number of classes to the classes that compete in each image."""
+
+Raw: TypeAlias = Sequence[Float[Tensor, "1 1 _i _j"]]
+"""The maps of one image, one a class."""
+
+LABELS, IRN, DONE = "labels", "irn", "done"
+"""The folders below OUT."""
+
+CLAIM, MANIFEST, TIMING, CONTACT = "segment.json", "manifest.json", "timing.json", "contact.png"
+"""What a folder belongs to, what came out, how long it took, how it looks."""
+
+STAGES = ("read", "explain", "resolve", "write")
+
+ENDINGS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif")
+"""Endings of pictures, which the names of label maps do not keep."""
+
+LEFTOVER = re.compile(r"\..+\.(png|npz)\.[a-z0-9_]{8}")
+"""What a process that was killed while it wrote a file leaves behind."""
+
+SHOWN, PAIRS, STRENGTH = 24, 4, 0.6
+"""Of the contact sheet: how many images, how many a row, and how strong the colors of the labels are."""
+
+THREADS = 8
+"""How many threads read, resolve and write, at most."""
+
+STRIDE = 4
+"""Of IRN's coarse maps."""
+
+SIZES = ("original", "input")
+
+BASIC, GIVEN = Choice("basic"), Choice("labels")
+
+NAMES = ("model", "data", "method", "resolve", "classes")
+KINDS: Mapping[str, type] = {
+    **dict.fromkeys(("normalize", "size", "layer"), str),
+    **dict.fromkeys(("images", "batch", "seed"), int),
+    "irn": bool,
+}
+"""Entries that are names with settings, and plain ones."""
+
+
+@dataclass(frozen=True)
+class Segmenting:
+    """Everything that determines the label maps of a data set.
+
+    `threshold`: where no resolved map exceeds it a pixel is background (0.3 is the paper's, for superpixels); of two,
+    (low, high), pixels between them are ignored. `normalize`: "max" divides each map by its maximum, as the paper does,
+    "unit" scales it to [0, 1], "none" leaves it, which a trained segmenter's log-odds want, with a threshold of 0.
+    `classes` says which compete in an image: a name of `COMPETE`. `size`: label maps of the "original" picture's size,
+    or of the network's "input". `irn`: write the maps as IRN's dictionaries too. `images` = 0 means all.
+    """
+
+    model: Choice
+    data: Choice
+    method: Choice
+    resolve: Choice = BASIC
+    threshold: float | tuple[float, float] = 0.3
+    normalize: str = "max"
+    classes: Choice = GIVEN
+    size: str = "original"
+    layer: str | None = None
+    irn: bool = False
+    images: int = 0
+    batch: int = 16
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.low <= self.high or not all(map(math.isfinite, (self.low, self.high))):
+            raise ValueError(f"expected a threshold, or low <= high, got {self.threshold}")
+        if self.batch < 1 or self.images < 0:
+            raise ValueError(f"expected batch >= 1 and images >= 0, got batch={self.batch}, images={self.images}")
+        chosen(self.normalize, NORMALIZERS, "normalization")
+        if self.size not in SIZES:
+            raise LookupError(unknown(self.size, SIZES, "size"))
+
+    @property
+    def low(self) -> float:
+        """Up to here a pixel is background."""
+        return self.threshold[0] if isinstance(self.threshold, tuple) else self.threshold
+
+    @property
+    def high(self) -> float:
+        """Above this a pixel has a class."""
+        return self.threshold[1] if isinstance(self.threshold, tuple) else self.threshold
+
+    @classmethod
+    def of(cls, table: Mapping[str, Any]) -> "Segmenting":
+        """Read a table.
+
+        Raises:
+            LookupError: an entry that it does not have, an unknown `normalize` or `size`.
+            TypeError: a value of another kind.
+            ValueError: a missing entry, or a number out of range.
+        """
+        names = [one.name for one in fields(cls)]
+        for name, value in table.items():
+            if name not in names:
+                raise LookupError(unknown(name, names, "entry of a segmenting"))
+            if name in KINDS and type(value) is not KINDS[name] and (name, value) != ("layer", None):
+                raise TypeError(f"expected {name} to be {KINDS[name].__name__}, got {value!r}")
+        if missing := [name for name in ("model", "data", "method") if name not in table]:
+            raise ValueError(f"the segmenting lacks {', '.join(missing)}")
+        choices = {name: Choice.of(table[name]) for name in NAMES if name in table}
+        levels = {"threshold": threshold_of(table["threshold"])} if "threshold" in table else {}
+        return cls(**{**table, **choices, **levels})
+
+    @classmethod
+    def read(cls, path: Path | str, **entries: Any) -> "Segmenting":
+        """Read a TOML file; `entries` win over it.
+
+        Raises:
+            FileNotFoundError: no such file.
+            LookupError, TypeError, ValueError: not TOML, or not what `of` reads; the message names the file.
+        """
+        table = read_toml(path)
+        try:
+            return cls.of({**table, **entries})
+        except (LookupError, TypeError, ValueError) as error:
+            raise type(error)(f"{path}: {error.args[0] if error.args else error}") from error
+
+    def changed(self, **entries: Any) -> "Segmenting":
+        """Return it with other entries; those that are None stay."""
+        return replace(self, **{name: value for name, value in entries.items() if value is not None})
+
+    def plain(self) -> dict[str, Any]:
+        """Return the table that `of` reads; what is None is left out."""
+        table = {one.name: getattr(self, one.name) for one in fields(self)}
+        found: dict[str, Any] = without_none({**table, **{name: table[name].plain() for name in NAMES}})
+        return found
+
+
+def threshold_of(value: Any) -> float | tuple[float, float]:
+    """Read one number, or a list of a low and a high one.
+
+    Raises:
+        TypeError: neither.
+    """
+    numbers = value if isinstance(value, list | tuple) else [value]
+    if len(numbers) not in (1, 2) or not all(type(one) in (int, float) for one in numbers):
+        raise TypeError(f"expected threshold to be a number or a list [low, high], got {value!r}")
+    low, high = float(numbers[0]), float(numbers[-1])
+    return low if low == high else (low, high)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What came out: how many images, which were skipped and why, pixels of each kind, maps that show nothing.
+
+    `degenerate` lists (image, class, reason).
+    """
+
+    images: int
+    skipped: Mapping[str, str]
+    background: int
+    ignored: int
+    classes: Mapping[str, int]
+    degenerate: tuple[tuple[str, str, str], ...]
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """The shares of the pixels that are foreground, background and ignored."""
+        counts = {"foreground": sum(self.classes.values()), "background": self.background, "ignored": self.ignored}
+        return {kind: count / max(1, sum(counts.values())) for kind, count in counts.items()}
+
+    def plain(self) -> dict[str, Any]:
+        """Return what JSON holds."""
+        pixels = {"background": self.background, "ignored": self.ignored, "classes": dict(self.classes)}
+        listed = [{"image": image, "class": label, "reason": reason} for image, label, reason in self.degenerate]
+        counts = {"images": self.images, "pixels": pixels, "shares": self.shares}
+        return {**counts, "skipped": dict(self.skipped), "degenerate": listed}
+
+
+def segment(spec: Segmenting, out: Path | str, *, report: Report | None = None) -> Manifest | None:
+    """Write a label map of every image: OUT/labels/ID.png, with Pascal VOC's palette, 0 background, 255 ignored.
+
+    The maps of the classes that compete in an image are resized to the input (bilinear), normalized, resolved and, for
+    the original size, resized once more before labels are taken. Files that turn out broken are skipped. A call with
+    the same `out` does what is not done yet, also in another number of processes. Whoever finds everything done writes
+    manifest.json, the same for any number of processes, timing.json and contact.png; None where other processes have
+    something to do still.
+
+    *Differs:* the files of a data set are not decoded once more beforehand, unless its settings say `check=`.
+
+    Raises:
+        LookupError, TypeError, ValueError, OSError: a name, setting, file or data set that does not fit; an image
+            without labels where they say which classes compete; two images whose label maps would be the same file; a
+            folder that belongs to another segmenting.
+    """
+    work = opened(spec, Path(out))
+    claim(work)
+    carry_out(work, report or (lambda done, total, note: None))
+    return concluded(work)
+
+
+def carry_out(work: "Work", told: Report) -> None:
+    """Do the batches of this process that are not done yet."""
+    rank, world = process()
+    done = {record["batch"] for _, record in records(work.folder)}
+    mine = range(rank, work.batches, world)
+    left = [number for number in mine if number not in done]
+    total, new = (sum(len(work.images(number)) for number in numbers) for numbers in (mine, left))
+    seen, start = total - new, time.perf_counter()
+    told(seen, total, "")
+    since = start
+    with ThreadPoolExecutor(threads()) as readers, ThreadPoolExecutor(threads()) as writers:
+        for number, read in fetched(work, left, readers):
+            record = batch_of(work, number, read, pool=writers, since=since)
+            add(work.folder / DONE / f"{rank}.jsonl", record)
+            seen, since = seen + len(read), time.perf_counter()
+            told(seen, total, f"{(seen - total + new) / (since - start):.1f} images/s")
+
+
+@dataclass(frozen=True, eq=False)
+class Work:
+    """A segmenting whose names have become objects."""
+
+    spec: Segmenting
+    folder: Path
+    classifier: Classifier
+    dataset: Dataset
+    samples: Indexed[Sample]
+    maps: Maps
+    compete: Compete
+    resolve: Resolve
+    count: int
+    """How many images there are."""
+    classes: int
+    """How many classes the network has."""
+    recorded: Mapping[str, Any]
+    """What the folder's claim says."""
+
+    @property
+    def batches(self) -> int:
+        """How many batches there are."""
+        return math.ceil(self.count / self.spec.batch)
+
+    def images(self, number: int) -> range:
+        """Return the images of a batch."""
+        return range(number * self.spec.batch, min(self.count, (number + 1) * self.spec.batch))
+
+    def name(self, label: int) -> str:
+        """Return the name of a class: its number where it has none, both where others are called so too."""
+        names = self.classifier.classes or self.dataset.classes
+        if label >= len(names):
+            return str(label)
+        return names[label] if names.count(names[label]) == 1 else f"{names[label]} ({label})"
+
+
+def opened(spec: Segmenting, folder: Path) -> Work:
+    """Turn names into objects, and check all that can be checked before any work.
+
+    Raises:
+        LookupError, TypeError, ValueError, OSError: see `segment`.
+    """
+    method = chosen_method(Spec(spec.model, spec.data, spec.method, (), seed=spec.seed))
+    compete: Compete = bind(chosen(spec.classes.name, COMPETE, "choice of classes"), spec.classes.settings)
+    resolve = resolve_of(spec.resolve.plain())
+    classifier = models.load(spec.model)
+    classifier = classifier if spec.layer is None else classifier.at(spec.layer)
+    classifier.model.to(device())
+    reader = unchecked(reader_of(spec.data, classifier), spec.data)
+    said = arguments(reader)
+    if spec.size == "original" and said.get("resize", "direct") != "direct":
+        raise ValueError(
+            f"the data is read with resize={said['resize']}, and what it cuts off has no labels at the original size; "
+            "add resize=direct to the settings of the data, or take size input"
+        )
+    dataset = reader()
+    samples = labeled(dataset, classifier) if spec.classes.name == GIVEN.name else dataset
+    count = min(spec.images or len(dataset), len(dataset))
+    classes = logits_of(classifier, blank(classifier)).shape[1]
+    if classes > LARGEST + 1:
+        raise ValueError(f"label maps hold {LARGEST + 1} classes, and the network has {classes}; take one with fewer")
+    settings = {"data": said, "method": arguments(method), "resolve": arguments(resolve), "classes": arguments(compete)}
+    model = {name: getattr(classifier, name) for name in ("layer", "mean", "std", "size")}
+    recorded = {
+        **spec.plain(),
+        "arguments": {**settings, "model": model},
+        "weights": checksums(spec.plain()),
+        "listed": {"images": count, "files": listing(dataset, count)},
+        "versions": provenance()["versions"],
+    }
+    return Work(spec, folder, classifier, dataset, samples, Maps(method, 0), compete, resolve, count, classes, recorded)
+
+
+def blank(classifier: Classifier) -> Float[Tensor, "1 ch h w"]:
+    """Return a black image of a classifier's size."""
+    return torch.zeros(1, classifier.channels, *classifier.size, device=classifier.device)
+
+
+def device() -> torch.device:
+    """Return the GPU that is this process's, else the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+
+
+def process() -> tuple[int, int]:
+    """Return the number of this process, and of how many.
+
+    Raises:
+        ValueError: the environment says what cannot be.
+    """
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    if not 0 <= rank < world:
+        raise ValueError(f"expected 0 <= RANK < WORLD_SIZE in the environment, got RANK={rank}, WORLD_SIZE={world}")
+    return rank, world
+
+
+def threads() -> int:
+    """Return how many threads this process gets."""
+    return max(1, min(THREADS, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+
+
+def unchecked(reader: Callable[[], Dataset], data: Choice) -> Callable[[], Dataset]:
+    """Return a reader that trusts the files of its data set, unless something else is asked for."""
+    trusts = "check" in arguments(reader) and "check" not in data.settings
+    return bind(reader, {"check": "none"}) if trusts else reader
+
+
+def given(classifier: Classifier, batch: Batch, count: int, /) -> list[tuple[int, ...]]:
+    """Return the classes that the data set says are in each image.
+
+    Raises:
+        ValueError: it does not say, or says one that the network does not have.
+    """
+    found = [labels_of(sample) for sample in batch.samples]
+    for name, labels in zip(batch.ids, found, strict=True):
+        if wrong := [label for label in labels if not 0 <= label < count]:
+            raise ValueError(f"{name!r} shows class {wrong[0]}, and the network has classes 0..{count - 1}")
+    return found
+
+
+def labels_of(sample: Sample) -> tuple[int, ...]:
+    """Return the labels of an image, from the lowest.
+
+    Raises:
+        ValueError: it has none.
+    """
+    if sample.labels is None and sample.label is None:
+        raise ValueError(
+            f"{sample.id!r} has no label to say which classes compete in it; let the network say: classes predicted, "
+            "top (where each image has one class) or all"
+        )
+    if sample.labels is None:
+        return (int(sample.label or 0),)
+    return tuple((sample.labels > 0).nonzero().flatten().tolist())
+
+
+def predicted(classifier: Classifier, batch: Batch, count: int, /, *, above: float = 0.5) -> list[tuple[int, ...]]:
+    """Return the classes with sigmoid(logit) > `above`, at least the most probable one: of a multi-label network.
+
+    Of a trained segmenter these are the classes that beat the background somewhere: with thresholds of 0 or more the
+    labels are those of `every`, for less work.
+    """
+    with torch.no_grad():
+        logits = classifier(batch.x)
+    taken = (logits.sigmoid() > above).scatter(1, logits.argmax(1, keepdim=True), True)
+    return [tuple(row.nonzero().flatten().tolist()) for row in taken]
+
+
+def top(classifier: Classifier, batch: Batch, count: int, /, *, most: int = 1) -> list[tuple[int, ...]]:
+    """Return the `most` classes with the largest logits.
+
+    Raises:
+        ValueError: not 1 to as many as there are.
+    """
+    if not 1 <= most <= count:
+        raise ValueError(f"expected most in 1 to {count}, the number of classes, got {most}")
+    with torch.no_grad():
+        order = classifier(batch.x).argsort(dim=1, descending=True, stable=True)
+    return [tuple(sorted(row)) for row in order[:, :most].tolist()]
+
+
+def every(classifier: Classifier, batch: Batch, count: int, /) -> list[tuple[int, ...]]:
+    """Return all classes."""
+    return [tuple(range(count))] * len(batch)
+
+
+COMPETE: Mapping[str, Compete] = {"labels": given, "predicted": predicted, "top": top, "all": every}
+"""Name -> which classes compete in an image: those that it is labeled with, or those that the network finds in it."""
+
+
+def listing(dataset: Dataset, count: int) -> str | None:
+    """Return a checksum of the images' names where the data set lists them.
+
+    Raises:
+        ValueError: two of them would have the same label map.
+    """
+    files: Sequence[str] | None = getattr(dataset, "files", None)
+    if files is None:
+        return None
+    if twice := repeated(files[:count]):
+        raise ValueError(f"{twice[0]} and {twice[1]} would both have the label map {file_of(twice[1])}.png; rename one")
+    digest = hashlib.sha256()
+    for file in files[:count]:
+        digest.update(file.encode("utf-8", "surrogateescape") + b"\0")
+    return digest.hexdigest()
+
+
+def repeated(files: Sequence[str]) -> tuple[str, str] | None:
+    """Return two files of one name but for their endings, if there are any; needs 8 bytes a file."""
+    marks, counts = np.unique(np.fromiter((hash(file_of(file)) for file in files), np.int64), return_counts=True)
+    suspects, seen = {*marks[counts > 1].tolist()}, dict[str, str]()
+    for file in files if suspects else ():
+        name = file_of(file)
+        if hash(name) in suspects and seen.setdefault(name, file) is not file:
+            return seen[name], file
+    return None
+
+
+def file_of(name: str) -> str:
+    """Return the name of an image without the ending of a picture."""
+    path = PurePosixPath(name)
+    return str(path.with_suffix("")) if path.suffix.lower() in ENDINGS else name
+
+
+def placed(root: Path, name: str, ending: str) -> Path:
+    """Return the path of an image's file below a folder.
+
+    Raises:
+        ValueError: it would lie outside.
+    """
+    path = root / f"{file_of(name)}{ending}"
+    if not path.resolve().is_relative_to(root.resolve()):
+        raise ValueError(f"the labels of {name!r} would lie outside {root}; rename the image")
+    return path
+
+
+def claim(work: Work) -> None:
+    """Write into a folder what it belongs to; that may change as long as there are no labels in it.
+
+    Raises:
+        ValueError: it belongs to another segmenting.
+    """
+    text, path = json.dumps(work.recorded, indent=1, sort_keys=True, default=list) + "\n", work.folder / CLAIM
+    if not path.exists() or not any((work.folder / name).exists() for name in (LABELS, DONE)):
+        write_text(path, text)
+    if (there := path.read_text(encoding="utf-8")) != text:
+        found = dict(differences(json.loads(there), json.loads(text)))
+        asked = {name: said for name, said in found.items() if not name.startswith("arguments.")} or found
+        told = "; ".join(f"{name} {said}" for name, said in asked.items())
+        raise ValueError(f"{work.folder} belongs to another segmenting: {told}; delete it, or take another --out")
+
+
+def differences(old: Any, new: Any, name: str = "") -> Iterator[tuple[str, str]]:
+    """Yield what differs between two tables, by its place."""
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        for key in sorted({*old, *new}):
+            yield from differences(old.get(key), new.get(key), f"{name}.{key}" if name else str(key))
+    elif old != new:
+        yield name, f"was {old} and is {new}"
+
+
+def records(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield process and record of every batch that is done, once; lines that were cut off do not count."""
+    seen = set[int]()
+    for path in sorted((folder / DONE).glob("*.jsonl")):
+        with path.open("rb") as file:
+            for line in file:
+                try:
+                    record = json.loads(line)
+                except ValueError:
+                    continue
+                if record["batch"] not in seen:
+                    seen.add(record["batch"])
+                    yield path.stem, record
+
+
+def add(path: Path, record: Mapping[str, Any]) -> None:
+    """Add a line to a file and wait until it is stored; a line before it that was cut off stays apart."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab+") as file:
+        file.seek(max(0, file.tell() - 1))
+        apart = b"\n" if file.read(1) not in (b"", b"\n") else b""
+        file.write(apart + json.dumps(record).encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@dataclass(frozen=True, eq=False)
+class Fetched:
+    """An image or why it cannot be decoded, and the seconds that it took."""
+
+    found: Sample | ImageError
+    seconds: float
+
+
+def fetched(work: Work, numbers: Iterable[int], pool: ThreadPoolExecutor) -> Iterator[tuple[int, Sequence[Fetched]]]:
+    """Yield batches; the next one is read while one is at work."""
+    ahead: tuple[int, list[Future[Fetched]]] | None = None
+    for number in (*numbers, None):
+        now = ahead
+        ahead = None if number is None else (number, [pool.submit(fetch, work, i) for i in work.images(number)])
+        if now is not None:
+            yield now[0], [future.result() for future in now[1]]
+
+
+def fetch(work: Work, index: int) -> Fetched:
+    """Read an image."""
+    start = time.perf_counter()
+    try:
+        found: Sample | ImageError = work.samples[index]
+    except ImageError as error:
+        found = error
+    return Fetched(found, time.perf_counter() - start)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What is known of one image when its label map is written: pixels by value, degenerate maps, seconds."""
+
+    pixels: Mapping[int, int]
+    degenerate: tuple[tuple[str, int, str], ...]
+    resolve: float
+    write: float
+
+
+def batch_of(
+    work: Work, number: int, read: Sequence[Fetched], *, pool: ThreadPoolExecutor, since: float
+) -> dict[str, Any]:
+    """Segment a batch, write its files and return its record; `since` is when the batch before was done."""
+    start = time.perf_counter()
+    kept = [image.found for image in read if isinstance(image.found, Sample)]
+    classes, raw = explained(work, collate(kept)) if kept else ([], [])
+    made = time.perf_counter()
+    outcomes = list(pool.map(partial(written, work), kept, classes, raw))
+    pixels = sum((Counter(outcome.pixels) for outcome in outcomes), Counter[int]())
+    seconds = {
+        "read": sum(image.seconds for image in read),
+        "explain": made - start,
+        "resolve": sum(outcome.resolve for outcome in outcomes),
+        "write": sum(outcome.write for outcome in outcomes),
+        "all": time.perf_counter() - since,
+    }
+    return {
+        "batch": number,
+        "ids": [sample.id for sample in kept],
+        "pixels": {str(value): pixels[value] for value in sorted(pixels)},
+        "degenerate": [entry for outcome in outcomes for entry in outcome.degenerate],
+        "skipped": [
+            [index, str(image.found)]
+            for index, image in zip(work.images(number), read, strict=True)
+            if isinstance(image.found, ImageError)
+        ],
+        "seconds": {stage: round(value, 6) for stage, value in seconds.items()},
+    }
+
+
+def explained(work: Work, batch: Batch) -> tuple[Sequence[tuple[int, ...]], Sequence[Raw]]:
+    """Return the classes that compete in each image, and their raw maps on the CPU, a batch of maps at a time."""
+    part = checked_batch(batch, work.classifier)
+    classes = work.compete(work.classifier, part, work.classes)
+    pairs = [(i, label) for i, labels in enumerate(classes) for label in labels]
+    found: list[list[Tensor]] = [[] for _ in classes]
+    for start in range(0, len(pairs), work.spec.batch):
+        places, labels = zip(*pairs[start : start + work.spec.batch], strict=True)
+        ids, samples = tuple(part.ids[i] for i in places), tuple(part.samples[i] for i in places)
+        y = torch.tensor(labels, device=part.x.device)
+        maps = work.maps.of(work.classifier, Batch(ids, part.x[list(places)], y, samples), y).cpu()
+        for place, raw in zip(places, maps, strict=True):
+            found[place].append(raw[None])
+    synchronize(part.x)
+    return classes, found
+
+
+def written(work: Work, sample: Sample, classes: tuple[int, ...], raw: Raw) -> Outcome:
+    """Resolve the maps of an image and write its label map."""
+    start = time.perf_counter()
+    maps = resolved(work, sample, raw)
+    labels = labels_at(maps, classes, work.spec.low, work.spec.high)
+    made = time.perf_counter()
+    write_labels(placed(work.folder / LABELS, sample.id, ".png"), labels)
+    if work.spec.irn:
+        write_irn(placed(work.folder / IRN, sample.id, ".npz"), cams(maps.float(), classes))
+    reasons = zip(classes, (degenerate(one)[0] for one in raw), strict=True)
+    nothing = tuple((sample.id, label, reason) for label, reason in reasons if reason is not None)
+    counts = enumerate(labels.flatten().bincount().tolist())
+    return Outcome(
+        {value: count for value, count in counts if count}, nothing, made - start, time.perf_counter() - made
+    )
+
+
+def resolved(work: Work, sample: Sample, raw: Raw) -> Float[Tensor, "n _h _w"]:
+    """Return the resolved maps of an image in float64, at the size of its label map."""
+    inside = (sample.image.shape[1], sample.image.shape[2])
+    size = (sample.size or inside) if work.spec.size == "original" else inside
+    if not raw:
+        return torch.zeros(0, *size, dtype=torch.float64)
+    maps = torch.cat([enlarged(finite(one).double(), inside)[0] for one in raw])
+    return resize(work.resolve(sample.image, NORMALIZERS[work.spec.normalize](maps))[None], size)[0]
+
+
+def cams(maps: Float[Tensor, "n h w"], classes: tuple[int, ...]) -> Cams:
+    """Return resolved maps as IRN keeps them: `high_res`, whose thresholds give labels, `cam` at a stride of 4."""
+    h, w = maps.shape[1:]
+    size = (h - 1) // STRIDE + 1, (w - 1) // STRIDE + 1
+    coarse = resize(maps[None], size)[0] if len(maps) else maps.new_zeros(0, *size)
+    return Cams(torch.tensor(classes, dtype=torch.long), coarse, maps)
+
+
+def concluded(work: Work) -> Manifest | None:
+    """Write what is known when everything is done; None, and nothing is written, where it is not."""
+    manifest = gathered(work)
+    if manifest is None:
+        return None
+    for root in (work.folder / LABELS, work.folder / IRN):
+        for path in root.rglob(".*"):
+            if LEFTOVER.fullmatch(path.name):
+                path.unlink(missing_ok=True)
+    write_text(work.folder / TIMING, json.dumps(timing(work.folder), indent=1) + "\n")
+    draw(work)
+    write_text(work.folder / MANIFEST, json.dumps(manifest.plain(), indent=1) + "\n")
+    return manifest
+
+
+def gathered(work: Work) -> Manifest | None:
+    """Return the sum of all batches; None where one is missing."""
+    pixels, images, batches = Counter[int](), 0, 0
+    nothing, broken = list[tuple[int, int, tuple[str, int, str]]](), list[tuple[int, str]]()
+    for _, record in records(work.folder):
+        batches += 1
+        images += len(record["ids"])
+        pixels += Counter({int(value): count for value, count in record["pixels"].items()})
+        nothing += [(record["batch"], i, (*entry,)) for i, entry in enumerate(record["degenerate"])]
+        broken += [(index, reason) for index, reason in record["skipped"]]
+    if batches < work.batches:
+        return None
+    files: Sequence[str] | None = getattr(work.dataset, "files", None)
+    names = {index: f"image {index}" if files is None else files[index] for index, _ in broken}
+    return Manifest(
+        images,
+        {**work.dataset.skipped, **{names[index]: reason for index, reason in sorted(broken)}},
+        pixels[0],
+        pixels[IGNORE],
+        {work.name(value - 1): pixels[value] for value in sorted(pixels) if value not in (0, IGNORE)},
+        tuple((image, work.name(label), reason) for _, _, (image, label, reason) in sorted(nothing)),
+    )
+
+
+def timing(folder: Path) -> dict[str, Any]:
+    """Return images per second and the seconds of the stages, in all and of each process.
+
+    "read", "resolve" and "write" are summed over threads; "all" is the time that passed.
+    """
+    images, seconds = Counter[str](), dict[str, Counter[str]]()
+    for name, record in records(folder):
+        images[name] += len(record["ids"])
+        seconds.setdefault(name, Counter()).update(record["seconds"])
+    total = sum(seconds.values(), Counter[str]())
+    speed = {name: images[name] / seconds[name]["all"] for name in sorted(seconds)}
+    return {
+        "images": images.total(),
+        "images_per_second_of_a_process": images.total() / max(total["all"], 1e-9),
+        "seconds": {stage: round(total[stage], 3) for stage in (*STAGES, "all")},
+        "processes": {name: {"images": images[name], "images_per_second": speed[name]} for name in speed},
+    }
+
+
+def draw(work: Work) -> None:
+    """Draw the first images, each beside its labels, on a contact sheet."""
+    pictures, captions = list[Tensor | None](), list[str]()
+    for index in range(work.count):
+        sample = fetch(work, index).found
+        if isinstance(sample, ImageError) or not (path := placed(work.folder / LABELS, sample.id, ".png")).exists():
+            continue
+        labels = read_labels(path)
+        there = [value - 1 for value in torch.unique(labels).tolist() if value not in (0, IGNORE)]
+        pictures += [sample.image.expand(3, -1, -1), painted(sample.image, labels)]
+        captions += [PurePosixPath(sample.id).name, ", ".join(map(work.name, there)) or "background"]
+        if len(pictures) == 2 * SHOWN:
+            break
+    if not pictures:
+        return
+    width = min(len(pictures), 2 * PAIRS)
+    empty = -len(pictures) % width
+    cells, texts = [*pictures, *[None] * empty], [*captions, *[""] * empty]
+    rows = [cells[i : i + width] for i in range(0, len(cells), width)]
+    below = [texts[i : i + width] for i in range(0, len(texts), width)]
+    write_bytes(work.folder / CONTACT, viz.png(viz.grid(rows, captions=below)))
+
+
+def painted(image: Float[Tensor, "ch h w"], labels: Int[Tensor, "_h _w"]) -> Float[Tensor, "3 h w"]:
+    """Lay the colors of labels over an image; background stays clear."""
+    near = resize(labels[None, None].float(), (image.shape[1], image.shape[2]), "nearest")[0, 0].long()
+    colors = (torch.tensor(palette()).view(256, 3) / 255)[near].permute(2, 0, 1)
+    strength = STRENGTH * (near > 0).float()
+    return image.float() * (1 - strength) + colors * strength

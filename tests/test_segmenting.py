@@ -1,0 +1,702 @@
+"""Pseudo labels: what they are, derived slowly; that neither processes, nor kill -9, nor broken files change them."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from torch.nn.functional import interpolate
+
+from sightline import models, segmenting, viz
+from sightline.backgrounds import resolve_of
+from sightline.datasets import DATASETS
+from sightline.interchange import read_irn, read_labels
+from sightline.methods import cam, grad_cam
+from sightline.protocols import segmentation
+from sightline.runs import Choice, arguments
+from sightline.segmenting import Manifest, Segmenting, file_of, repeated, segment
+
+SCENES = {"variant": "scenes", "count": 7}
+TINY = Segmenting(Choice("creatures"), Choice("creatures", SCENES), Choice("cam"), threshold=0.2, batch=2)
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(segmenting, "SHOWN", 1)
+
+
+@pytest.fixture(scope="session")
+def scenes():
+    return DATASETS["creatures"](**SCENES)
+
+
+@pytest.fixture(scope="session")
+def classifier():
+    return models.load("creatures")
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory):
+    """A segmenting in one process, and what it returned."""
+    out = tmp_path_factory.mktemp("whole")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(segmenting, "SHOWN", 1)
+        return out, segment(TINY, out)
+
+
+@pytest.fixture
+def pictures(tmp_path, scenes):
+    """Six pictures of 64 x 80 to 64 x 120 pixels in two folders of classes."""
+    root = tmp_path / "pictures"
+    for index in range(6):
+        sample = scenes[index]
+        name = ("common pip", "dot-headed newt")[index % 2]
+        (root / name).mkdir(parents=True, exist_ok=True)
+        picture = viz.to_pil(sample.image).resize((80 + 8 * index, 64))
+        picture.save(root / name / f"{index}.png")
+    return root
+
+
+def contents(out):
+    """All files with their bytes, but for what tells of time and processes."""
+    files = (path for path in sorted(out.rglob("*")) if path.is_file())
+    return {
+        str(path.relative_to(out)): path.read_bytes()
+        for path in files
+        if path.parent.name != "done" and path.name != "timing.json"
+    }
+
+
+def lines(out):
+    return [json.loads(line) for path in (out / "done").iterdir() for line in path.read_text().splitlines()]
+
+
+def part(monkeypatch, rank, world, spec, out):
+    """Segment as one of several processes."""
+    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setenv("WORLD_SIZE", str(world))
+    return segment(spec, out)
+
+
+def slow_maps(classifier, sample, classes, method=cam):
+    """The normalized maps at the input's size, class by class."""
+    found = []
+    for label in classes:
+        raw = method(classifier, sample.image[None], torch.tensor([label])).double()
+        large = interpolate(raw, tuple(sample.image.shape[1:]), mode="bilinear", align_corners=False)[0, 0]
+        found.append(large / large.max() if large.max() > 0 else torch.zeros_like(large))
+    return torch.stack(found)
+
+
+def slow_labels(maps, classes, low, high):
+    """The label of each pixel, one after the other."""
+    found = torch.zeros(maps.shape[1:], dtype=torch.long)
+    for i in range(maps.shape[1]):
+        for j in range(maps.shape[2]):
+            values = maps[:, i, j].tolist()
+            best = max(range(len(classes)), key=lambda k: values[k])
+            if values[best] > high:
+                found[i, j] = classes[best] + 1
+            elif values[best] > low:
+                found[i, j] = 255
+    return found
+
+
+def present(sample):
+    return [label for label in range(20) if sample.labels[label]]
+
+
+def test_labels_are_those_of_every_pixel_one_after_the_other(whole, scenes, classifier):
+    out, _ = whole
+    for index in (0, 1, 6):
+        sample = scenes[index]
+        classes = present(sample)
+        expected = slow_labels(slow_maps(classifier, sample, classes), classes, 0.2, 0.2)
+        assert torch.equal(read_labels(out / "labels" / f"{sample.id}.png"), expected)
+
+
+def test_between_two_thresholds_pixels_are_ignored(scenes, classifier, tmp_path):
+    segment(replace(TINY, threshold=(0.1, 0.4), images=2), tmp_path / "out")
+    for index in (0, 1):
+        sample = scenes[index]
+        classes = present(sample)
+        found = read_labels(tmp_path / "out" / "labels" / f"{sample.id}.png")
+        assert torch.equal(found, slow_labels(slow_maps(classifier, sample, classes), classes, 0.1, 0.4))
+        assert (found == 255).any()
+
+
+def test_the_manifest_counts_every_pixel(whole):
+    out, manifest = whole
+    values = torch.stack([read_labels(path) for path in sorted((out / "labels").iterdir())])
+    assert len(values) == manifest.images == 7
+    assert manifest.background == int((values == 0).sum())
+    assert manifest.ignored == 0
+    names = DATASETS["creatures"]().classes
+    counted = {names[value - 1]: int((values == value).sum()) for value in range(1, 21) if (values == value).any()}
+    assert manifest.classes == counted
+    assert sum(manifest.shares.values()) == pytest.approx(1)
+    written = json.loads((out / "manifest.json").read_text())
+    assert written == json.loads(json.dumps(manifest.plain()))
+    assert "second" not in (out / "manifest.json").read_text()
+
+
+def test_the_labels_score_what_the_segmentation_protocol_says(whole, scenes, classifier):
+    out, _ = whole
+    hits, union = torch.zeros(21), torch.zeros(21)
+    for sample in (scenes[i] for i in range(7)):
+        labels = read_labels(out / "labels" / f"{sample.id}.png")
+        for value in range(21):
+            a, b = labels == value, sample.mask == value
+            hits[value] += (a & b).sum()
+            union[value] += (a | b).sum()
+    expected = segmentation(cam, classifier, scenes, threshold=0.2)["miou"].value
+    assert 100 * (hits[union > 0] / union[union > 0]).mean().item() == pytest.approx(expected, abs=1e-4)
+
+
+def test_three_processes_write_the_bytes_of_one(whole, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    returned = [part(monkeypatch, rank, 3, TINY, out) for rank in (2, 0, 1)]
+    assert returned[:2] == [None, None]
+    assert returned[2] == whole[1]
+    assert contents(out) == contents(whole[0])
+    assert len(contents(out)) == 7 + 3
+    assert sorted(record["batch"] for record in lines(out)) == [0, 1, 2, 3]
+    ranks = {path.stem: [json.loads(line)["batch"] for line in path.open()] for path in (out / "done").iterdir()}
+    assert ranks == {"0": [0, 3], "1": [1], "2": [2]}
+
+
+def test_another_number_of_processes_does_what_is_left(whole, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    assert part(monkeypatch, 1, 3, TINY, out) is None
+    assert not (out / "manifest.json").exists()
+    kept = (out / "labels" / "creatures-scenes-test-00002-s0.png").stat().st_mtime_ns
+    told = []
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    segment(TINY, out, report=lambda *at: told.append(at))
+    assert (out / "labels" / "creatures-scenes-test-00002-s0.png").stat().st_mtime_ns == kept
+    assert contents(out) == contents(whole[0])
+    assert sorted(record["batch"] for record in lines(out)) == [0, 1, 2, 3]
+    assert [at[:2] for at in told] == [(2, 7), (4, 7), (6, 7), (7, 7)]
+    assert told[0][2] == ""
+    assert told[1][2].endswith(" images/s")
+
+
+def test_a_finished_folder_is_left_as_it_is(whole):
+    before = contents(whole[0]), lines(whole[0])
+    assert segment(TINY, whole[0]) == whole[1]
+    assert (contents(whole[0]), lines(whole[0])) == before
+
+
+KILLED = """
+import sys, time
+from sightline import segmenting
+from sightline.runs import Choice
+slow = segmenting.written
+def written(*given):
+    time.sleep(0.1)
+    return slow(*given)
+segmenting.written = written
+data = Choice("creatures", {"variant": "scenes", "count": 12})
+segmenting.segment(segmenting.Segmenting(Choice("creatures"), data, Choice("cam"), batch=1), sys.argv[1])
+"""
+
+
+def test_kill_9_loses_nothing_and_nothing_is_done_twice(tmp_path):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path / "killed")], env=environment)
+    log = tmp_path / "killed" / "done" / "0.jsonl"
+    deadline = time.monotonic() + 60
+    while not (log.exists() and log.read_bytes().count(b"\n") > 2) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    done = log.read_bytes().count(b"\n")
+    assert 2 < done < 12
+    assert not (tmp_path / "killed" / "manifest.json").exists()
+    (tmp_path / "killed" / "labels" / ".a.png.x1y2z3_8").write_bytes(b"cut off")
+    data = Choice("creatures", {"variant": "scenes", "count": 12})
+    spec = Segmenting(Choice("creatures"), data, Choice("cam"), batch=1)
+    manifests = [segment(spec, tmp_path / name) for name in ("killed", "whole")]
+    assert manifests[0] == manifests[1]
+    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+    assert sorted(record["batch"] for record in lines(tmp_path / "killed")) == list(range(12))
+
+
+def test_a_line_that_was_cut_off_does_not_count(whole, tmp_path):
+    out = tmp_path / "out"
+    segment(TINY, out)
+    log = out / "done" / "0.jsonl"
+    log.write_bytes(log.read_bytes()[:-20])
+    (out / "labels" / "creatures-scenes-test-00006-s0.png").unlink()
+    (out / "manifest.json").unlink()
+    assert segment(TINY, out) == whole[1]
+    assert contents(out) == contents(whole[0])
+    whole_lines, torn = [], 0
+    for line in log.read_text().splitlines():
+        try:
+            whole_lines.append(json.loads(line)["batch"])
+        except ValueError:
+            torn += 1
+    assert (whole_lines, torn) == ([0, 1, 2, 3], 1)
+
+
+def test_a_batch_that_two_processes_did_counts_once(whole, tmp_path):
+    out = tmp_path / "out"
+    segment(TINY, out)
+    log = out / "done" / "0.jsonl"
+    (out / "done" / "1.jsonl").write_bytes(log.read_bytes())
+    assert segment(TINY, out) == whole[1]
+    assert json.loads((out / "timing.json").read_text())["images"] == 7
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"threshold": 0.3}, "threshold was 0.2 and is 0.3;"),
+        ({"method": Choice("cam", {"score": "probability"})}, "method"),
+        ({"images": 6}, "images was 0 and is 6; listed.images was 7 and is 6;"),
+        ({"resolve": Choice("smooth", {"sigma": 2})}, "resolve was basic and is {'name': 'smooth', 'sigma': 2};"),
+    ],
+)
+def test_a_folder_belongs_to_one_segmenting(whole, change, told):
+    before = contents(whole[0])
+    if "method" in change:
+        change = {"method": Choice("grad_cam")}
+        told = "method was cam and is grad_cam;"
+    with pytest.raises(ValueError, match="belongs to another segmenting") as error:
+        segment(replace(TINY, **change), whole[0])
+    assert told in str(error.value)
+    assert str(error.value).endswith("delete it, or take another --out")
+    assert contents(whole[0]) == before
+
+
+def test_a_folder_without_labels_may_change_hands(tmp_path):
+    with pytest.raises(ValueError, match="5 superpixel"):
+        failing(tmp_path)
+    assert (tmp_path / "segment.json").exists()
+    assert isinstance(segment(replace(TINY, images=1), tmp_path), Manifest)
+
+
+def failing(out):
+    """A segmenting that stops before its first label map."""
+
+    def broken(image, maps):
+        raise ValueError("5 superpixels")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(segmenting, "resolve_of", lambda what: broken)
+        segment(TINY, out)
+
+
+def test_a_folder_of_pictures_that_has_changed_is_another_one(pictures, tmp_path):
+    spec = replace(TINY, data=Choice("folder", {"root": str(pictures)}))
+    segment(spec, tmp_path / "out")
+    (pictures / "common pip" / "0.png").rename(pictures / "common pip" / "1.png")
+    with pytest.raises(ValueError, match=r"another segmenting: listed.files was \w+ and is \w+;"):
+        segment(spec, tmp_path / "out")
+
+
+def test_weights_that_have_changed_are_another_segmenting(tmp_path, classifier):
+    path = models.save(classifier, tmp_path / "net.safetensors", model=Choice("mini_resnet", {"classes": 20}))
+    spec = replace(TINY, model=Choice(str(path)), images=1)
+    segment(spec, tmp_path / "out")
+    with torch.no_grad():
+        changed = models.load(str(path))
+        next(changed.model.parameters()).mul_(1.01)
+    models.save(changed, path, model=Choice("mini_resnet", {"classes": 20}))
+    with pytest.raises(ValueError, match="another segmenting: weights"):
+        segment(spec, tmp_path / "out")
+
+
+def test_labels_have_the_size_of_the_original_or_of_the_input(pictures, tmp_path, classifier):
+    data = Choice("folder", {"root": str(pictures)})
+    for size in ("original", "input"):
+        segment(replace(TINY, data=data, size=size), tmp_path / size)
+    samples = DATASETS["folder"](pictures, size=64)
+    for sample in (samples[i] for i in range(len(samples))):
+        name = sample.id.replace(".png", "")
+        label = classifier.classes.index(name.split("/")[0])
+        maps = slow_maps(classifier, sample, [label])
+        found = {size: read_labels(tmp_path / size / "labels" / f"{name}.png") for size in ("original", "input")}
+        assert found["input"].shape == (64, 64)
+        assert torch.equal(found["input"], slow_labels(maps, [label], 0.2, 0.2))
+        assert found["original"].shape == sample.size == Image.open(pictures / sample.id).size[::-1]
+        large = interpolate(maps[None], sample.size, mode="bilinear", align_corners=False)[0]
+        assert torch.equal(found["original"], slow_labels(large, [label], 0.2, 0.2))
+
+
+def test_what_was_cut_off_has_no_labels(pictures, tmp_path):
+    data = Choice("folder", {"root": str(pictures), "resize": "crop"})
+    with pytest.raises(ValueError, match=r"resize=crop.* add resize=direct .*or take size input"):
+        segment(replace(TINY, data=data), tmp_path / "out")
+    segment(replace(TINY, data=data, size="input", images=1), tmp_path / "out")
+
+
+def test_the_network_can_say_which_classes_compete(scenes, classifier, tmp_path):
+    expected = {"top": [], "top?most=3": [], "predicted": [], "predicted?above=0.2": [], "all": []}
+    for index in range(3):
+        with torch.no_grad():
+            logits = classifier(scenes[index].image[None])[0].tolist()
+        order = sorted(range(20), key=lambda label: -logits[label])
+        likely = {
+            above: [k for k in range(20) if 1 / (1 + math.exp(-logits[k])) > above or k == order[0]]
+            for above in (0.5, 0.2)
+        }
+        chosen = (order[:1], sorted(order[:3]), likely[0.5], likely[0.2], list(range(20)))
+        for listed, classes in zip(expected.values(), chosen, strict=True):
+            listed.append(classes)
+    assert len({str(listed) for listed in expected.values()}) == 5
+    for number, (name, listed) in enumerate(expected.items()):
+        out = tmp_path / str(number)
+        segment(replace(TINY, classes=Choice.parse(name), images=3, irn=True), out)
+        for index, classes in enumerate(listed):
+            sample = scenes[index]
+            found = read_irn(out / "irn" / f"{sample.id}.npz")
+            assert found.keys.tolist() == classes
+            assert set(read_labels(out / "labels" / f"{sample.id}.png").unique().tolist()) <= {
+                0,
+                *(label + 1 for label in classes),
+            }
+
+
+def test_irn_files_hold_the_maps_whose_threshold_gives_the_labels(pictures, tmp_path):
+    data = Choice("folder", {"root": str(pictures)})
+    segment(replace(TINY, data=data, classes=Choice("top", {"most": 2}), irn=True, images=3), tmp_path / "out")
+    files = sorted((tmp_path / "out" / "irn").rglob("*.npz"))
+    assert len(files) == 3
+    for path in files:
+        labels = read_labels(
+            tmp_path / "out" / "labels" / path.relative_to(tmp_path / "out" / "irn").with_suffix(".png")
+        )
+        kept = read_irn(path)
+        h, w = labels.shape
+        assert kept.high_res.shape == (2, h, w)
+        assert kept.cam.shape == (2, (h - 1) // 4 + 1, (w - 1) // 4 + 1)
+        small = interpolate(kept.high_res[None], tuple(kept.cam.shape[1:]), mode="bilinear", align_corners=False)[0]
+        assert torch.equal(kept.cam, small)
+        keys = [0, *(kept.keys + 1).tolist()]
+        planes = torch.cat([torch.full((1, h, w), 0.2), kept.high_res])
+        assert (torch.tensor(keys)[planes.argmax(0)] == labels).float().mean() > 0.999
+
+
+def test_an_image_without_labels_says_what_to_do(scenes, pictures, tmp_path):
+    data = Choice("folder", {"root": str(pictures), "labels": False})
+    with pytest.raises(ValueError, match=r"has no label .*classes predicted, top .*or all"):
+        segment(replace(TINY, data=data), tmp_path / "out")
+    segment(replace(TINY, data=data, classes=Choice("top"), images=2), tmp_path / "out")
+
+
+def test_classes_of_other_names_do_not_matter_where_the_network_says(pictures, tmp_path):
+    (pictures / "common pip").rename(pictures / "sparrow")
+    data = Choice("folder", {"root": str(pictures)})
+    with pytest.raises(ValueError, match="none of the classifier's"):
+        segment(replace(TINY, data=data), tmp_path / "out")
+    manifest = segment(replace(TINY, data=data, classes=Choice("top")), tmp_path / "out")
+    assert manifest.images == 6
+    assert "sparrow" not in manifest.classes
+
+
+def test_an_image_with_no_class_is_background(tmp_path, monkeypatch):
+    monkeypatch.setitem(segmenting.COMPETE, "labels", lambda classifier, batch, count: [()] * len(batch))
+    manifest = segment(replace(TINY, images=2, irn=True), tmp_path / "out")
+    assert (manifest.background, manifest.ignored, manifest.classes) == (2 * 64 * 64, 0, {})
+    kept = read_irn(next((tmp_path / "out" / "irn").iterdir()))
+    assert (kept.keys.tolist(), kept.high_res.shape, kept.cam.shape) == ([], (0, 64, 64), (0, 16, 16))
+
+
+@pytest.mark.parametrize("check", ["none", "decode"])
+def test_broken_pictures_are_skipped_and_told(pictures, tmp_path, check):
+    broken = pictures / "common pip" / "2.png"
+    broken.write_bytes(broken.read_bytes()[:200])
+    settings = {} if check == "none" else {"check": check}
+    spec = replace(TINY, data=Choice("folder", {"root": str(pictures), **settings}))
+    manifest = segment(spec, tmp_path / "out")
+    assert manifest.images == 5
+    assert list(manifest.skipped) == ["common pip/2.png"]
+    assert "2.png" in manifest.skipped["common pip/2.png"]
+    names = sorted(str(path.relative_to(tmp_path / "out" / "labels")) for path in (tmp_path / "out").rglob("*/*/*.png"))
+    assert names == [f"{name}/{i}.png" for name, i in [("common pip", 0), ("common pip", 4)]] + [
+        f"dot-headed newt/{i}.png" for i in (1, 3, 5)
+    ]
+    assert (check == "none") == any(record["skipped"] for record in lines(tmp_path / "out"))
+
+
+def test_files_are_not_decoded_beforehand(pictures, tmp_path):
+    out = tmp_path / "out"
+    segment(replace(TINY, data=Choice("folder", {"root": str(pictures)}), images=1), out)
+    assert json.loads((out / "segment.json").read_text())["arguments"]["data"]["check"] == "none"
+
+
+def test_a_batch_of_broken_pictures_alone_is_done(pictures, tmp_path):
+    for name in ("common pip/0.png", "common pip/2.png"):
+        (pictures / name).write_bytes(b"\x89PNG broken")
+    spec = replace(TINY, data=Choice("folder", {"root": str(pictures)}))
+    manifest = segment(spec, tmp_path / "out")
+    assert (manifest.images, list(manifest.skipped)) == (4, ["common pip/0.png", "common pip/2.png"])
+
+
+def test_two_pictures_of_one_name_are_an_error_before_any_work(pictures, tmp_path):
+    source = pictures / "common pip" / "0.png"
+    Image.open(source).save(source.with_suffix(".jpg"))
+    spec = replace(TINY, data=Choice("folder", {"root": str(pictures)}))
+    with pytest.raises(ValueError, match=r"0\.jpg and common pip/0\.png would both have the label map common"):
+        segment(spec, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_label_map_lies_outside_the_folder(tmp_path, monkeypatch):
+    fetch = segmenting.fetch
+
+    def outside(work, index):
+        fetched = fetch(work, index)
+        return replace(fetched, found=replace(fetched.found, id="../../secret.jpg"))
+
+    monkeypatch.setattr(segmenting, "fetch", outside)
+    with pytest.raises(ValueError, match=r"'\.\./\.\./secret\.jpg' would lie outside"):
+        segment(TINY, tmp_path / "a" / "out")
+    assert not list(tmp_path.rglob("secret*"))
+
+
+@pytest.mark.parametrize("normalize", ["max", "none"])
+def test_maps_that_show_nothing_are_listed_and_leave_the_others_alone(tmp_path, monkeypatch, normalize):
+    def broken(classifier, x, y=None, /):
+        maps = cam(classifier, x, y)
+        maps[y == 1] = float("nan")
+        maps[y == 10] = 0
+        return maps
+
+    monkeypatch.setattr(segmenting, "chosen_method", lambda spec: broken)
+    spec = replace(TINY, classes=Choice("all"), images=3, normalize=normalize)
+    manifest = segment(spec, tmp_path / "out")
+    assert manifest.shares["foreground"] > 0.1
+    ids = [f"creatures-scenes-test-{i:05d}-s0" for i in range(3)]
+    kinds = [("dot-headed pip", "not finite"), ("common newt", "all zero")]
+    assert manifest.degenerate == tuple((name, *kind) for name in ids for kind in kinds)
+    assert not {"dot-headed pip", "common newt"} & set(manifest.classes)
+
+
+def test_log_odds_are_taken_as_they_are(tmp_path, monkeypatch, scenes):
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(21, 16, 16, generator=generator, dtype=torch.float64)
+
+    def odds(classifier, x, y=None, /):
+        return (logits[y + 1] - logits[0])[:, None]
+
+    monkeypatch.setattr(segmenting, "chosen_method", lambda spec: odds)
+    spec = replace(TINY, classes=Choice("all"), images=1, normalize="none", threshold=0.0)
+    segment(spec, tmp_path / "out")
+    large = interpolate(logits[None], (64, 64), mode="bilinear", align_corners=False)[0]
+    assert torch.equal(read_labels(tmp_path / "out" / "labels" / f"{scenes[0].id}.png"), large.argmax(0))
+
+
+def test_maps_are_resolved_at_the_size_of_the_input(pictures, tmp_path, classifier):
+    resolve = {"name": "smooth", "size": 5, "sigma": 2.0}
+    data = Choice("folder", {"root": str(pictures)})
+    segment(replace(TINY, data=data, resolve=Choice.of(resolve), images=2), tmp_path / "out")
+    sample = DATASETS["folder"](pictures, size=64)[0]
+    label = classifier.classes.index("common pip")
+    maps = resolve_of(resolve)(sample.image, slow_maps(classifier, sample, [label]))
+    large = interpolate(maps[None], sample.size, mode="bilinear", align_corners=False)[0]
+    found = read_labels(tmp_path / "out" / "labels" / "common pip" / "0.png")
+    assert torch.equal(found, slow_labels(large, [label], 0.2, 0.2))
+
+
+def test_seed_layer_and_method_are_those_asked_for(scenes, classifier, tmp_path):
+    spec = replace(TINY, method=Choice("grad_cam"), layer="layer3", images=1)
+    segment(spec, tmp_path / "out")
+    sample = scenes[0]
+    maps = slow_maps(classifier.at("layer3"), sample, present(sample), grad_cam)
+    expected = slow_labels(maps, present(sample), 0.2, 0.2)
+    assert torch.equal(read_labels(tmp_path / "out" / "labels" / f"{sample.id}.png"), expected)
+    noisy = replace(TINY, method=Choice.parse("smooth(gradient)?samples=2"), images=1)
+    for seed in (0, 0, 1):
+        segment(replace(noisy, seed=seed), tmp_path / f"seed-{seed}-{len(list(tmp_path.iterdir()))}")
+    a, b, c = (next(iter(contents(path / "labels").values())) for path in sorted(tmp_path.glob("seed-*")))
+    assert a == b != c
+
+
+def test_timing_tells_of_stages_and_processes(whole):
+    table = json.loads((whole[0] / "timing.json").read_text())
+    assert table["images"] == 7
+    assert table["images_per_second_of_a_process"] > 0
+    assert list(table["seconds"]) == ["read", "explain", "resolve", "write", "all"]
+    assert all(seconds > 0 for seconds in table["seconds"].values())
+    assert table["processes"]["0"]["images"] == 7
+
+
+def test_the_contact_sheet_shows_pictures_and_labels(whole, scenes, monkeypatch):
+    monkeypatch.setattr(segmenting, "SHOWN", 24)
+    segment(TINY, whole[0])
+    sheet = np.array(Image.open(whole[0] / "contact.png").convert("RGB")).astype(float)
+    assert sheet.shape[1] == 8 * 168 + 8
+    monkeypatch.setattr(segmenting, "SHOWN", 1)
+    segment(TINY, whole[0])
+    assert Image.open(whole[0] / "contact.png").width == 2 * 168 + 8
+    labels = read_labels(whole[0] / "labels" / f"{scenes[0].id}.png").numpy()
+    picture, drawn = sheet[8:168, 8:168], sheet[8:168, 176:336]
+    near = np.array(Image.fromarray(labels.astype(np.uint8)).resize((160, 160), Image.Resampling.NEAREST))
+    apart = np.abs(picture - drawn).sum(2)
+    inside = np.array(Image.fromarray((near > 0).astype(np.uint8)).resize((160, 160)))
+    assert apart[inside == 1].mean() > 10 * apart[inside == 0].mean() + 10
+
+
+def test_a_specification_reads_what_it_writes(tmp_path):
+    table = {
+        "model": "creatures",
+        "data": {"name": "creatures", "count": 3},
+        "method": "flip_and_scale(cam)",
+        "resolve": "smooth?sigma=3",
+        "threshold": [0.05, 0.3],
+        "classes": "predicted?above=0.25",
+        "normalize": "unit",
+        "size": "input",
+        "irn": True,
+        "batch": 4,
+        "images": 2,
+        "seed": 3,
+        "layer": "layer3",
+    }
+    spec = Segmenting.of(table)
+    assert (spec.low, spec.high, spec.batch, spec.irn) == (0.05, 0.3, 4, True)
+    assert spec.resolve == Choice("smooth", {"sigma": 3})
+    assert Segmenting.of(spec.plain()) == spec
+    assert Segmenting.of({**table, "threshold": 1}).threshold == 1.0
+    assert Segmenting.of({**table, "threshold": [0.2, 0.2]}).threshold == 0.2
+    assert "layer" not in TINY.plain()
+    assert spec.changed(batch=5, seed=None) == replace(spec, batch=5)
+    path = tmp_path / "spec.toml"
+    path.write_text('model = "creatures"\ndata = "creatures"\nmethod = "cam"\nthreshold = [0.1, 0.2]\n')
+    read = Segmenting.read(path, batch=3)
+    assert (read.low, read.high, read.batch, read.classes) == (0.1, 0.2, 3, Choice("labels"))
+
+
+PLAIN = {"model": "creatures", "data": "creatures", "method": "cam"}
+
+
+@pytest.mark.parametrize(
+    ("table", "error", "told"),
+    [
+        ({"model": "creatures"}, ValueError, "lacks data, method"),
+        ({**PLAIN, "treshold": 1}, LookupError, "threshold"),
+        ({**PLAIN, "threshold": "high"}, TypeError, "a number or a list \\[low, high\\], got 'high'"),
+        ({**PLAIN, "threshold": [1, 2, 3]}, TypeError, "a number or a list"),
+        ({**PLAIN, "threshold": [0.3, 0.1]}, ValueError, "low <= high"),
+        ({**PLAIN, "threshold": float("nan")}, ValueError, "low <= high"),
+        ({**PLAIN, "batch": 0}, ValueError, "batch >= 1"),
+        ({**PLAIN, "images": -1}, ValueError, "images >= 0"),
+        ({**PLAIN, "batch": 2.5}, TypeError, "expected batch to be int, got 2.5"),
+        ({**PLAIN, "irn": 1}, TypeError, "expected irn to be bool"),
+        ({**PLAIN, "size": "orignal"}, LookupError, "original"),
+        ({**PLAIN, "normalize": "maximum"}, LookupError, "normalization"),
+    ],
+)
+def test_a_specification_that_does_not_fit_says_why(table, error, told, tmp_path):
+    with pytest.raises(error, match=told):
+        Segmenting.of(table)
+
+
+def test_an_error_in_a_file_names_it(tmp_path):
+    path = tmp_path / "spec.toml"
+    path.write_text('model = "creatures"\n')
+    with pytest.raises(ValueError, match=r"spec\.toml: the segmenting lacks"):
+        Segmenting.read(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "told"),
+    [
+        ({"method": Choice("camm")}, LookupError, "cam"),
+        ({"classes": Choice("label")}, LookupError, "labels"),
+        ({"classes": Choice("top", {"many": 2})}, LookupError, "most"),
+        ({"classes": Choice("top", {"most": 21})}, ValueError, "1 to 20"),
+        ({"resolve": Choice("smoth")}, LookupError, "smooth"),
+        ({"model": Choice("none")}, ValueError, "254 classes, and the network has 1000"),
+    ],
+)
+def test_names_that_do_not_fit_are_errors_before_any_work(change, error, told, tmp_path):
+    with pytest.raises(error, match=told):
+        segment(replace(TINY, **change), tmp_path / "out")
+    assert not (tmp_path / "out" / "labels").exists()
+
+
+@pytest.mark.parametrize(("rank", "world"), [(3, 3), (-1, 2), (0, 0)])
+def test_a_process_that_cannot_be_is_an_error(rank, world, monkeypatch, tmp_path):
+    with pytest.raises(ValueError, match=f"RANK={rank}, WORLD_SIZE={world}"):
+        part(monkeypatch, rank, world, TINY, tmp_path / "out")
+
+
+def test_maps_of_other_tools_become_labels(whole, scenes, classifier, tmp_path):
+    for index in range(2):
+        sample = scenes[index]
+        (tmp_path / "maps").mkdir(exist_ok=True)
+        np.save(tmp_path / "maps" / f"{sample.id}.npy", np.eye(64, dtype=np.float32))
+    method, model = Choice("maps", {"root": str(tmp_path / "maps")}), Choice("none", {"classes": 20, "size": 64})
+    segment(replace(TINY, model=model, method=method, images=2), tmp_path / "out")
+    found = read_labels(tmp_path / "out" / "labels" / f"{scenes[0].id}.png")
+    assert torch.equal(found > 0, torch.eye(64).bool())
+    assert found.max() == present(scenes[0])[0] + 1
+
+
+def test_what_a_folder_belongs_to_is_the_same_in_every_process():
+    claims = [
+        segmenting.opened(replace(TINY, method=Choice.parse("flip_and_scale(cam)")), Path("out")).recorded
+        for _ in range(2)
+    ]
+    assert json.dumps(claims[0], default=list) == json.dumps(claims[1], default=list)
+    assert "0x" not in json.dumps(claims[0], default=list)
+
+
+@given(st.lists(st.text("ab/.", min_size=1, max_size=4), max_size=8), st.sampled_from([".png", ".jpg", ""]))
+@settings(max_examples=40, deadline=None)
+def test_twins_are_found_exactly_where_there_are_some(stems, ending):
+    files = [f"x{stem}y{ending}" for stem in stems]
+    found = repeated(files)
+    assert (found is not None) == (len({file_of(file) for file in files}) < len(files))
+
+
+def test_classes_of_one_name_are_told_apart(tmp_path, monkeypatch, classifier):
+    names = ("crane", "heron", "crane", *map(str, range(17)))
+    monkeypatch.setattr(models, "load", lambda choice: replace(classifier, classes=names))
+    data = replace(TINY, classes=Choice("all"), images=3)
+    manifest = segment(data, tmp_path / "out")
+    assert {"crane (0)", "heron", "crane (2)"} <= set(manifest.classes)
+    assert sum(manifest.classes.values()) + manifest.background == 3 * 64 * 64
+
+
+def test_endings_of_pictures_are_left_out_and_others_kept():
+    names = {"a/b.jpg": "a/b", "a.v1": "a.v1", "a.b.JPEG": "a.b", "2007_000032.jpg": "2007_000032", "a": "a"}
+    assert {name: file_of(name) for name in names} == names
+    assert repeated(["a.jpg", "b.jpg", "a.png"]) == ("a.jpg", "a.png")
+
+
+def test_arguments_are_recorded_in_full(whole):
+    table = json.loads((whole[0] / "segment.json").read_text())
+    assert table["threshold"] == 0.2
+    assert table["arguments"]["data"]["variant"] == "scenes"
+    assert table["arguments"]["resolve"] == arguments(resolve_of("basic"))
+    assert table["versions"]["torch"] == torch.__version__.split("+")[0]
+    assert table["listed"] == {"images": 7, "files": None}
+
+
+def test_each_batch_keeps_what_is_known_of_it(whole):
+    records = sorted(lines(whole[0]), key=lambda record: record["batch"])
+    assert [len(record["ids"]) for record in records] == [2, 2, 2, 1]
+    for record in records:
+        assert sum(record["pixels"].values()) == 64 * 64 * len(record["ids"])
+        assert list(record["seconds"]) == ["read", "explain", "resolve", "write", "all"]
+        assert record["degenerate"] == record["skipped"] == []
+    assert Path(whole[0] / "labels" / f"{records[0]['ids'][0]}.png").exists()

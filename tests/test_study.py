@@ -1,0 +1,205 @@
+"""Studies: the order of steps, what is done for each of several values, and what is shown of it."""
+
+import math
+
+import pytest
+import torch
+from PIL import Image
+
+from sightline.runs import Choice, Run, Score, Scores, Spec
+from sightline.study import Study, curve, numbers, ordered, panels, record, step, titles
+
+HEAD = "seeds = [0, 1]\n"
+
+NETS = """
+[[train]]
+values = [1, 3]
+name = "net-{value}"
+kind = "classifier"
+model = "mini_resnet?size=32"
+settings = { epochs = "{value}", augment = "none" }
+"""
+
+SWEEP = """
+[[evaluate]]
+name = "areas"
+values = [1, 3]
+axis = "epochs"
+shown = ["area"]
+model = "{net-{value}}"
+data = "creatures?count=4"
+metrics = ["area", "entropy"]
+[evaluate.rows]
+"CAM" = { method = "cam" }
+"gradient" = { method = "gradient" }
+"""
+
+CHAIN = """
+[[train]]
+name = "last"
+kind = "casm"
+model = "{first}"
+
+[[train]]
+name = "first"
+kind = "classifier"
+
+[[evaluate]]
+name = "areas"
+model = "{first}"
+data = "creatures?count=4"
+metrics = ["area"]
+[evaluate.rows]
+"CASM" = { method = "{last}" }
+"""
+
+
+def study(tmp_path, text):
+    path = tmp_path / "study.toml"
+    path.write_text(HEAD + text)
+    return Study.read(path)
+
+
+def done(study, values):
+    """Runs as `conduct` returns them, with made-up numbers: values[row][seed][metric]."""
+    found = {}
+    for one in study.evaluations:
+        found[one.name] = {row: [run(seed) for seed in values[row]] for row in one.rows}
+    return found
+
+
+def run(metrics):
+    scores = tuple(Score(Choice(name), value, True) for name, value in metrics.items())
+    choice = Choice("x")
+    return Run(
+        Spec(choice, choice, choice, (choice,)), Scores(scores, ("a",), (0,), (0,), (1.0,), 1.0), {}, {}, (), {}, {}
+    )
+
+
+def test_a_step_with_values_is_one_for_each_and_its_settings_keep_their_kind(tmp_path):
+    read = study(tmp_path, NETS + SWEEP)
+    assert [one.name for one in read.steps] == ["net-1", "net-3"]
+    assert [one.table["settings"]["epochs"] for one in read.steps] == [1, 3]
+    areas = read.evaluations[0]
+    assert list(areas.rows) == ["CAM, epochs 1", "CAM, epochs 3", "gradient, epochs 1", "gradient, epochs 3"]
+    assert areas.rows["CAM, epochs 3"]["model"] == "{net-3}"
+    assert areas.sweep.curves["CAM"] == ((1.0, "CAM, epochs 1"), (3.0, "CAM, epochs 3"))
+
+
+def test_steps_come_after_those_that_they_name(tmp_path):
+    assert [one.name for one in study(tmp_path, CHAIN).steps] == ["first", "last"]
+
+
+def test_steps_that_name_nothing_stay_in_order():
+    steps = [step({"name": name, "kind": "classifier"}, "train") for name in "cab"]
+    assert [one.name for one in ordered(steps)] == ["c", "a", "b"]
+
+
+def test_steps_that_wait_for_each_other_are_told(tmp_path):
+    circle = CHAIN.replace('kind = "classifier"', 'kind = "classifier"\nmodel = "{last}"')
+    with pytest.raises(ValueError, match="first, last wait for each other"):
+        study(tmp_path, circle)
+
+
+def test_a_place_that_no_step_fills_is_told(tmp_path):
+    with pytest.raises(LookupError, match="no place to fill called 'frist'; did you mean first"):
+        study(tmp_path, CHAIN.replace('model = "{first}"\ndata', 'model = "{frist}"\ndata'))
+
+
+@pytest.mark.parametrize("values", ['["a"]', "[]"])
+def test_curves_are_drawn_over_numbers(tmp_path, values):
+    with pytest.raises(ValueError, match="drawn over numbers"):
+        study(tmp_path, NETS + SWEEP.replace("values = [1, 3]", f"values = {values}"))
+
+
+def test_a_step_without_what_it_needs_is_told(tmp_path):
+    with pytest.raises(ValueError, match=r"a \[\[segment\]\] lacks name"):
+        study(tmp_path, '[[segment]]\nmodel = "creatures"\n')
+
+
+def test_labels_are_written_before_what_learns_from_them(tmp_path):
+    text = """
+[[train]]
+name = "seg"
+kind = "segmenter"
+data = "creatures?variant=scenes&count=8"
+settings = { labels = "{labels}" }
+
+[[segment]]
+name = "labels"
+model = "{net}"
+data = "creatures?variant=scenes&count=8"
+method = "cam"
+threshold = 0.3
+
+[[train]]
+name = "net"
+kind = "classifier"
+"""
+    read = study(tmp_path, text)
+    assert [one.name for one in read.steps] == ["net", "labels", "seg"]
+    assert read.steps[1].target(tmp_path, 1) == tmp_path / "segment" / "labels" / "seed-1"
+    assert read.steps[2].target(tmp_path, 1) == tmp_path / "train" / "seg" / "seed-1" / "segmenter.safetensors"
+
+
+def test_numbers_are_means_and_deviations_over_the_seeds():
+    found = numbers([run({"area": 1.0, "mass": 5.0}), run({"area": 4.0, "mass": 5.0})])
+    assert found["area"].mean == 2.5
+    assert found["area"].deviation == pytest.approx(math.sqrt(4.5))
+    assert found["mass"].deviation == 0
+    assert numbers([run({"area": 1.0})])["area"].deviation is None
+
+
+def test_metrics_of_one_name_are_told_apart_by_what_differs():
+    a, b = {"reference": "net-0", "resolve": "smooth"}, {"reference": "net-0"}
+    assert titles([Choice("miou", b), Choice("miou", a), Choice("area", {"of": "raw"})]) == [
+        "miou",
+        "miou(resolve=smooth)",
+        "area",
+    ]
+
+
+def test_the_table_has_what_is_shown_and_the_numbers_have_all(tmp_path):
+    read = study(tmp_path, NETS + SWEEP)
+    rows = read.evaluations[0].rows
+    values = {row: [{"area": float(i + seed), "entropy": 9.0} for seed in (0, 1)] for i, row in enumerate(rows)}
+    text = record(read, done(read, values), tmp_path / "out").read_text()
+    assert "area ↑" in text
+    assert "entropy" not in text
+    assert "entropy" in (tmp_path / "out" / "numbers.json").read_text()
+    picture = Image.open(tmp_path / "out" / "areas.png")
+    assert picture.width > 200
+    assert len(picture.getcolors(1 << 24)) > 10
+
+
+def test_a_curve_has_the_values_that_are_done(tmp_path):
+    read = study(tmp_path, NETS + SWEEP)
+    sweep = read.evaluations[0].sweep
+    found = {
+        "CAM, epochs 1": numbers([run({"area": 1.0}), run({"area": 3.0})]),
+        "gradient, epochs 1": numbers([run({"area": 7.0})]),
+        "gradient, epochs 3": numbers([run({"area": 8.0})]),
+    }
+    drawn = panels(sweep, ("area",), found)["area"]
+    assert drawn["CAM"].x == (1.0,)
+    assert drawn["CAM"].y == (2.0,)
+    assert drawn["CAM"].spread == (pytest.approx(math.sqrt(2)),)
+    assert drawn["gradient"].y == (7.0, 8.0)
+    assert drawn["gradient"].spread == (0.0, 0.0)
+    assert curve("mass", sweep.curves["CAM"], found).x == ()
+
+
+def test_a_metric_to_show_that_no_row_has_is_told(tmp_path):
+    read = study(tmp_path, NETS + SWEEP.replace('shown = ["area"]', 'shown = ["aera"]'))
+    values = {row: [{"area": 1.0}] for row in read.evaluations[0].rows}
+    with pytest.raises(LookupError, match="no metric to show called 'aera'; did you mean area"):
+        record(read, done(read, values), tmp_path / "out")
+
+
+def test_the_same_numbers_draw_the_same_bytes(tmp_path):
+    read = study(tmp_path, NETS + SWEEP)
+    values = {row: [{"area": float(i)}] for i, row in enumerate(read.evaluations[0].rows)}
+    for name in ("a", "b"):
+        torch.rand(1)
+        record(read, done(read, values), tmp_path / name)
+    assert (tmp_path / "a" / "areas.png").read_bytes() == (tmp_path / "b" / "areas.png").read_bytes()

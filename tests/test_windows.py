@@ -1,0 +1,235 @@
+"""Windows: the formula against measured gradients and perturbed pixels, on networks made by hand."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from sightline.classifier import UnsuitedError, wrap
+from sightline.cli._windows import command
+from sightline.models import mini_resnet, mini_vit
+from sightline.windows import Window, measured_windows, window, window_in_cells
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
+"""Torch's own, when it first differentiates forwards."""
+
+
+class Stack(nn.Module):
+    """Convolutions or poolings by (kind, kernel, stride, dilation), average pooling and a linear head."""
+
+    def __init__(self, layers, width=6):
+        super().__init__()
+        channels = 3
+        for number, (kind, kernel, stride, dilation) in enumerate(layers):
+            padding = dilation * (kernel - 1) // 2
+            if kind == "max":
+                self.add_module(f"layer{number}", nn.MaxPool2d(kernel, stride, padding, dilation))
+                continue
+            convolution = nn.Conv2d(channels, width, kernel, stride, padding, dilation)
+            self.add_module(f"layer{number}", nn.Sequential(convolution, nn.BatchNorm2d(width), nn.ReLU(inplace=True)))
+            channels = width
+        self.count = len(layers)
+        self.head = nn.Linear(width, 4)
+
+    def forward(self, x):
+        for number in range(self.count):
+            x = self.get_submodule(f"layer{number}")(x)
+        return self.head(x.mean((2, 3)))
+
+
+def classifier_of(layers, size=(32, 40), seed=0):
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = Stack(layers)
+        for one in model.modules():
+            if isinstance(one, nn.BatchNorm2d):
+                one.running_mean.uniform_(-0.2, 0.2)
+                one.running_var.uniform_(0.5, 2)
+    return wrap(model, normalization="none", size=size)
+
+
+def formula(layers):
+    return [(kernel, stride, dilation) for _, kernel, stride, dilation in layers]
+
+
+CONV = "conv"
+STACKS = {
+    "plain": [(CONV, 3, 1, 1), (CONV, 3, 1, 1), (CONV, 5, 1, 1)],
+    "points": [(CONV, 1, 1, 1), (CONV, 1, 1, 1)],
+    "strided": [(CONV, 3, 2, 1), (CONV, 3, 1, 1), (CONV, 3, 2, 1)],
+    "dilated": [(CONV, 3, 1, 2), (CONV, 3, 1, 2)],
+    "pooled": [(CONV, 3, 1, 1), ("max", 2, 2, 1), (CONV, 3, 1, 1)],
+}
+
+
+@pytest.mark.parametrize(("kernel", "side"), [(1, 1), (3, 11), (5, 21), (7, 31)])
+def test_five_equal_convolutions_have_the_windows_of_the_paper(kernel, side):
+    assert window([(kernel, 1)] * 5) == window_in_cells([(kernel, 1)] * 5) == side
+    for depth in range(6):
+        assert window([(kernel, 1)] * depth) == 1 + depth * (kernel - 1)
+
+
+@pytest.mark.parametrize("layers", STACKS.values(), ids=STACKS)
+def test_the_formula_counts_the_pixels_under_the_kernels(layers):
+    seen = {0}
+    for kernel, stride, dilation in reversed(formula(layers)):
+        seen = {cell * stride + dilation * tap for cell in seen for tap in range(kernel)}
+    assert window(formula(layers)) == max(seen) - min(seen) + 1
+    jump = 1
+    for _, stride, _ in formula(layers):
+        jump *= stride
+    reached = [sum(0 <= pixel - cell * jump <= max(seen) for cell in range(-99, 99)) for pixel in range(jump)]
+    assert window_in_cells(formula(layers)) == max(reached)
+
+
+@pytest.mark.parametrize("layers", STACKS.values(), ids=STACKS)
+def test_measured_windows_are_those_of_the_formula(layers):
+    found = measured_windows(classifier_of(layers))
+    kept = [number for number, one in enumerate(layers) if one[0] == CONV]
+    assert [one.layer for one in found] == [f"layer{number}" for number in kept], "a pooling is not explained"
+    for number, one in zip(kept, found, strict=True):
+        numbers = formula(layers[: number + 1])
+        strides = torch.tensor([stride for _, stride, _ in numbers]).prod().item()
+        assert one.size == (32, 40)
+        assert one.grid == (32 // strides, 40 // strides)
+        assert one.pixels == (window(numbers),) * 2
+        assert all(side in (window_in_cells(numbers) - 1, window_in_cells(numbers)) for side in one.cells)
+        assert strides > 1 or one.cells == one.pixels
+
+
+@pytest.mark.parametrize("name", ["strided", "dilated", "pooled"])
+def test_perturbing_one_pixel_changes_the_cells_of_its_window_and_no_other(name):
+    classifier = classifier_of(STACKS[name], size=(16, 24))
+    found = measured_windows(classifier, tries=16)[-1]
+    model = copy.deepcopy(classifier.model).double().eval()
+    generator = torch.Generator().manual_seed(1)
+    changed, share = torch.zeros(found.grid, dtype=torch.bool), torch.zeros(16, 24, dtype=torch.bool)
+
+    def features(x):
+        for number in range(model.count):
+            x = model.get_submodule(f"layer{number}")(x)
+        return x[0]
+
+    with torch.no_grad():
+        for _ in range(6):
+            x = torch.rand(1, 3, 16, 24, generator=generator, dtype=torch.float64)
+            base = features(x)
+            for p in range(16):
+                for q in range(24):
+                    other = x.clone()
+                    other[0, :, p, q] = torch.rand(3, generator=generator, dtype=torch.float64)
+                    moved = (features(other) != base).any(0)
+                    share[p, q] |= moved[found.grid[0] // 2, found.grid[1] // 2]
+                    if (p, q) == (8, 12):
+                        changed |= moved
+    rows, columns = changed.any(1).nonzero(), changed.any(0).nonzero()
+    assert found.cells == (int(rows[-1] - rows[0]) + 1, int(columns[-1] - columns[0]) + 1)
+    rows, columns = share.any(1).nonzero(), share.any(0).nonzero()
+    assert found.pixels == (int(rows[-1] - rows[0]) + 1, int(columns[-1] - columns[0]) + 1)
+    assert found.share == pytest.approx(100 * float(share.double().mean()))
+
+
+def test_dilation_leaves_holes_in_the_share():
+    found = measured_windows(classifier_of(STACKS["dilated"][:1]))[0]
+    assert found.pixels == (5, 5)
+    assert found.share == pytest.approx(100 * 9 / (32 * 40))
+
+
+def test_more_tries_find_more_behind_max_pooling():
+    layers = [("max", 4, 4, 1), (CONV, 1, 1, 1)]
+    one, many = (measured_windows(classifier_of(layers), tries=n)[0] for n in (1, 64))
+    assert one.share < many.share == pytest.approx(100 * 16 / (32 * 40))
+    assert many.pixels == (4, 4)
+
+
+def test_a_window_is_cut_off_at_the_border_of_the_image():
+    found = measured_windows(classifier_of([(CONV, 15, 1, 1)] * 2, size=(16, 40)))[-1]
+    assert found.pixels == (16, 29)
+    assert not found.whole
+
+
+def test_attention_and_squeezing_see_the_whole_image():
+    with_tokens = {one.layer: one for one in measured_windows(mini_vit(7, dim=24, depth=2, size=32))}
+    assert with_tokens["patch_embed"].pixels == (8, 8)
+    assert with_tokens["blocks.0.norm1"].cells == (1, 1)
+    last = with_tokens["blocks.1.norm1"]
+    assert last == Window("blocks.1.norm1", (32, 32), (4, 4), (4, 4), (32, 32), 100.0)
+    assert last.whole
+
+    class Squeezed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem = nn.Conv2d(3, 4, 3, padding=1)
+            self.gate, self.head = nn.Conv2d(4, 4, 1), nn.Linear(4, 3)
+            self.last = nn.Identity()
+
+        def forward(self, x):
+            a = self.stem(x)
+            return self.head(self.last(a * self.gate(a.mean((2, 3), keepdim=True)).sigmoid()).mean((2, 3)))
+
+    found = measured_windows(wrap(Squeezed(), layer="last", normalization="none", size=12))
+    assert [(one.layer, one.whole) for one in found] == [("stem", False), ("last", True)]
+
+
+def test_layers_may_be_named_and_the_explained_one_is_always_there():
+    classifier = mini_resnet(7, widths=(4, 4, 6, 8), size=48, layer="layer2.conv2")
+    assert [one.layer for one in measured_windows(classifier, tries=2)] == [
+        "stem", "layer1", "layer2", "layer3", "layer4", "layer2.conv2",
+    ]  # fmt: skip
+    assert [one.layer for one in measured_windows(classifier, layers=["layer3", "stem.0"], tries=2)] == [
+        "layer3",
+        "stem.0",
+    ]
+
+
+def test_the_network_and_the_random_state_are_as_before_and_the_seed_decides():
+    classifier = classifier_of(STACKS["pooled"])
+    classifier.model.train()
+    weights = copy.deepcopy(classifier.model.state_dict())
+    state = torch.get_rng_state()
+    assert measured_windows(classifier, seed=3) == measured_windows(classifier, seed=3)
+    assert torch.equal(state, torch.get_rng_state())
+    assert classifier.model.training
+    for name, value in classifier.model.state_dict().items():
+        assert value.dtype == weights[name].dtype
+        assert torch.equal(value, weights[name])
+    assert not any(module._forward_hooks for module in classifier.model.modules())
+
+
+class Opaque(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x * 2
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * 2
+
+
+def test_errors_teach():
+    classifier = classifier_of(STACKS["plain"])
+    with pytest.raises(ValueError, match="expected at least one try, got 0"):
+        measured_windows(classifier, tries=0)
+    with pytest.raises(LookupError, match="no layer called 'layr1'"):
+        measured_windows(classifier, layers=["layr1"])
+    for wrong in ((3,), (3, 1, 1, 1), (0, 1), (3, 0)):
+        with pytest.raises(ValueError, match=r"expected layers as \(kernel, stride\) or"):
+            window([(3, 1), wrong])
+
+    class Closed(Stack):
+        def forward(self, x):
+            return super().forward(Opaque.apply(x))
+
+    with pytest.raises(UnsuitedError, match="Closed has an operation that torch cannot differentiate forwards"):
+        measured_windows(wrap(Closed(STACKS["plain"]), normalization="none", size=24))
+
+
+def test_the_command_prints_a_line_a_layer(capsys):
+    model = "mini_resnet?widths=[4,4,6,8]"
+    command(["--model", model, "--layer", "layer2", "--layer", "layer4", "--tries", "12"], standalone_mode=False)
+    told = capsys.readouterr().out
+    assert "layer2" in told
+    assert "23 x 23" in told
+    assert "whole" in told
+    assert "stem" not in told
