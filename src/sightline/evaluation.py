@@ -4,19 +4,21 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sightline.accumulate import Accumulate
 from sightline.classifier import Absent, Classifier, Method, check_images, check_labels, check_range, probability
 from sightline.data import Batch
 from sightline.maps import degenerate, scaled
 from sightline.metrics import Case, Measure, Scored, check_scored, finite
 from sightline.runs import Choice, Score, Scores
 from sightline.types import Images, Labels, Logits, Saliency
+
+if TYPE_CHECKING:
+    from sightline.accumulate import Accumulate
 
 Explain: TypeAlias = Literal["scored", "label", "predicted", "second", "least"]
 
@@ -59,6 +61,8 @@ def measured(
     report: Callable[[int], None] | None,
 ) -> Scores:
     """Do the work of `measure`; without metrics it notes what the classifier says."""
+    from sightline.accumulate import Accumulate  # whose library takes seconds to import
+
     sums = {name: Accumulate(one).to(classifier.device) for name, one in metrics.items()}
     log, before = Log(), maps.seconds
     for batch in batches:
@@ -206,14 +210,14 @@ class Log:
         self.predicted += predicted.tolist()
         self.probability += probability(subject.logits.double(), predicted).tolist()
 
-    def scores(self, sums: Mapping[str, Accumulate], seconds: float) -> Scores:
+    def scores(self, sums: "Mapping[str, Accumulate]", seconds: float) -> Scores:
         """Return the outcome."""
         scores = tuple(summed(Choice(name), one) for name, one in sums.items())
         lists = tuple(self.ids), tuple(self.labels), tuple(self.predicted), tuple(self.probability)
         return Scores(scores, *lists, seconds, self.degenerate)
 
 
-def summed(metric: Choice, sums: Accumulate) -> Score:
+def summed(metric: Choice, sums: "Accumulate") -> Score:
     """Return one metric's outcome; NaN where no image counts."""
     measure, (mean, kept, count) = sums.measure, sums.compute()
     mean = mean.reshape(-1)  # torchmetrics squeezes what holds one number
