@@ -21,7 +21,7 @@ demo: setup
 	@echo 'open $(OUT)/report.html'
 
 test: setup
-	$(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 check: setup
 	$(BIN)/ruff check .
