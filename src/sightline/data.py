@@ -152,3 +152,13 @@ def layers(samples: object) -> Iterator[object]:
         yield layer
         inside = (getattr(layer, name, None) for name in ("samples", "source", "dataset"))
         layer = next((one for one in inside if one is not None), None)
+
+
+def numbered_layers(samples: object) -> Iterator[tuple[object, tuple[int, ...] | None]]:
+    """Yield what `layers` does, each with the numbers that its classes have outside; None where those are its own."""
+    numbers: tuple[int, ...] | None = None
+    for layer in layers(samples):
+        found: tuple[int, ...] | None = getattr(layer, "numbers", None)
+        if found is not None:
+            numbers = found if numbers is None else tuple(numbers[one] for one in found)
+        yield layer, numbers

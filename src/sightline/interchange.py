@@ -192,14 +192,8 @@ def write_overlay(path: Path | str, image: Float[Tensor, "ch h w"], saliency: Fl
 
 
 def palette() -> list[int]:
-    """Return the 256 colors of Pascal VOC, flat: each color's bits come from every third bit of its index."""
-    index = np.arange(256)
-    bits = (index[:, None] >> np.arange(8)) & 1
-    channels = [
-        sum(bits[:, 3 * place + channel] << (7 - place) for place in range(3) if 3 * place + channel < 8)
-        for channel in range(3)
-    ]
-    return np.stack(channels, 1).astype(np.uint8).flatten().tolist()
+    """Return the 256 colors of Pascal VOC in 0 to 255, flat."""
+    return (255 * viz.palette()).round().int().flatten().tolist()
 
 
 @dataclass(frozen=True, eq=False)

@@ -34,7 +34,7 @@ from sightline.classifier import Classifier
 from sightline.data import Batch, Dataset, Indexed, Sample, collate
 from sightline.evaluation import Maps, checked_batch, logits_of, synchronize
 from sightline.images import ImageError
-from sightline.interchange import Cams, palette, read_labels, write_irn, write_labels
+from sightline.interchange import Cams, read_labels, write_irn, write_labels
 from sightline.maps import degenerate, resize
 from sightline.metrics import finite
 from sightline.models._files import checksums
@@ -733,6 +733,6 @@ def draw(work: Work) -> None:
 def painted(image: Float[Tensor, "ch h w"], labels: Int[Tensor, "_h _w"]) -> Float[Tensor, "3 h w"]:
     """Lay the colors of labels over an image; background stays clear."""
     near = resize(labels[None, None].float(), (image.shape[1], image.shape[2]), "nearest")[0, 0].long()
-    colors = (torch.tensor(palette()).view(256, 3) / 255)[near].permute(2, 0, 1)
+    colors = viz.palette()[near].permute(2, 0, 1)
     strength = STRENGTH * (near > 0).float()
     return image.float() * (1 - strength) + colors * strength

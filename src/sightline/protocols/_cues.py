@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from sightline.data import Sample, layers
+from sightline.data import Sample, layers, numbered_layers
 from sightline.registry import unknown
 
 Rule: TypeAlias = Literal["substring", "clean"]
@@ -230,11 +230,7 @@ def cues_of(samples: object, mapping: Rule = "substring") -> Cues:
         LookupError: an unknown mapping.
         ValueError: a data set without parts or attributes of its classes.
     """
-    labels: tuple[int, ...] | None = None
-    for layer in layers(samples):
-        found: tuple[int, ...] | None = getattr(layer, "numbers", None)
-        if found is not None:
-            labels = found if labels is None else tuple(labels[number] for number in found)
+    for layer, labels in numbered_layers(samples):
         names = tuple(getattr(layer, "keypoint_names", KEYPOINTS))
         if isinstance(layer, Comparing):
             return Cues(layer, layer if isinstance(layer, Painted) else None, names, labels)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sightline.backgrounds import IGNORE, Resolve, resolve_of
 from sightline.classifier import Classifier, Method, UnsuitedError
-from sightline.data import Batch, Indexed, Sample, batches, layers
+from sightline.data import Batch, Indexed, Sample, batches, layers, numbered_layers
 from sightline.evaluation import Maps, checked_batch
 from sightline.maps import by_maximum, resize, unit
 from sightline.methods._cam import cam
@@ -316,11 +316,7 @@ def telling_of(samples: object) -> Telling:
     Raises:
         ValueError: it knows nothing.
     """
-    labels: tuple[int, ...] | None = None
-    for layer in layers(samples):
-        found: tuple[int, ...] | None = getattr(layer, "numbers", None)
-        if found is not None:
-            labels = found if labels is None else tuple(labels[number] for number in found)
+    for layer, labels in numbered_layers(samples):
         if isinstance(layer, Cued):
             return Telling(layer, labels)
     raise ValueError(
