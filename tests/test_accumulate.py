@@ -1,4 +1,4 @@
-"""Sums over a data set: against numpy in float64, in any order, and joined as torchmetrics joins processes."""
+"""Sums over a data set: against numpy in float64, in any order, and joined from what several processes held."""
 
 import numpy as np
 import pytest
@@ -137,28 +137,29 @@ def test_a_pool_keeps_everything_in_order():
     assert torch.equal(sums.compute()[1], values[[0, 1, 3, 4]])
 
 
-def joined(mine, other):
-    """Compute over the states of both the way torchmetrics does between processes: gather each state, sum or cat."""
-    empty = torch.empty(0, dtype=torch.float64)
-    kept = (torch.cat(state) if state else empty for state in (other.values, other.places))
-    waiting = iter([other.total, other.count, *kept])
-    mine.dist_sync_fn = lambda tensor, group=None: [tensor, next(waiting)]
-    mine.distributed_available_fn = lambda: True
-    found = outcome(mine)
-    assert next(waiting, None) is None, "every state was gathered"
-    return found
-
-
-@pytest.mark.parametrize("state", ["per_image", "mean"])
+@pytest.mark.parametrize("state", ["per_image", "mean", "pool"])
 @pytest.mark.parametrize("width", [1, 3])
-@pytest.mark.parametrize("theirs", [[[1, 3, 5]], []])
-def test_two_processes_give_the_numbers_of_one(state, width, theirs):
+@pytest.mark.parametrize("parts", [[[0, 1], [2, 3], [4, 5], [6]], [[6, 0, 2], [], [5, 4, 1, 3]]])
+def test_what_others_held_adds_up_to_the_whole(state, width, parts):
     values = numbers(7, width)
+    values[3] = torch.nan
     one = measure(state=state, width=width, finish=lambda v: v if width == 1 else v.sum(-1))
-    mine = [[0, 2], [4, 6]] if theirs else [[6, 0, 2], [5, 4, 1, 3]]
     alone = outcome(filled(one, values, [list(range(7))]))
-    for part, whole in zip(joined(*(filled(one, values, part) for part in (mine, theirs))), alone, strict=True):
-        assert torch.allclose(part, whole, rtol=1e-14)
+    total = Accumulate(one)
+    for part in parts:
+        total.add(filled(one, values, [part] if part else []).held())
+    for part, whole in zip(outcome(total), alone, strict=True):
+        assert torch.allclose(part, whole, rtol=1e-14, equal_nan=True)
+    assert total.count == 6
+
+
+def test_what_is_held_is_added_bit_by_bit_as_batches_are():
+    values = numbers(9, 2)
+    batches = [[0, 1], [2, 3], [4, 5], [6, 7], [8]]
+    total = Accumulate(measure(width=2, state="mean"))
+    for batch in batches:
+        total.add(filled(measure(width=2, state="mean"), values, [batch]).held())
+    assert torch.equal(total.total, filled(measure(width=2, state="mean"), values, batches).total)
 
 
 def test_nothing_added():

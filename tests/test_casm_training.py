@@ -24,7 +24,8 @@ from sightline.explainers._casm_training import (
     kept,
     train_casm,
 )
-from sightline.training import Trainer, fabric_of
+from sightline.processes import fabric_of
+from sightline.training import Trainer
 
 MEAN, STD = torch.tensor([0.4, 0.5, 0.6]), torch.tensor([0.2, 0.25, 0.3])
 

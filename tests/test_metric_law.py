@@ -8,19 +8,18 @@ import copy
 import math
 import pickle
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 
-from sightline.accumulate import Accumulate
 from sightline.classifier import wrap
 from sightline.data import batches
 from sightline.datasets import creatures
-from sightline.evaluation import Log, Maps, Subject, checked_batch, measure, summed
+from sightline.evaluation import Maps, measure, measured
 from sightline.metrics import METRICS
+from sightline.pieces import cut, joined, packed
 from sightline.runs import Choice
 
 NAMES = list(METRICS)
@@ -134,40 +133,21 @@ def test_a_map_that_shows_nothing_is_scored(name, value, scene):
         assert same(found.value, scored(name, scene, method=lambda c, x, y=None, /: x.new_zeros(len(x), 1, 4, 4)).value)
 
 
-def outcome(sums):
-    found = summed(Choice("m"), sums)
-    return found.value, found.per_image, found.curve, found.count
-
-
-def work(rank, count, address, scene, answers):
-    """Score every metric on this process's share of the images, as `measure` does; the first process answers."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{address}", rank=rank, world_size=count)
+@pytest.fixture(scope="module")
+def met(scene):
+    """All metrics of images in pieces that several processes measured, each with maps and sums of its own."""
     classifier, samples = scene
-    mine = list(range(rank, COUNT, count))
     metrics = {name: METRICS[name](**QUICK.get(name, {})) for name in NAMES}
-    sums = {name: Accumulate(one) for name, one in metrics.items()}
-    for start in range(0, len(mine), 2):
-        places = mine[start : start + 2]
-        batch = next(batches([samples[i] for i in places], 2))
-        subject = Subject(Maps(look), classifier, checked_batch(batch, classifier), Log())
-        for name, one in metrics.items():
-            case = subject.case(one.scored, one.scored, subject.label(one.scored))
-            sums[name].update(one(case), torch.tensor(places))
-    found = {name: outcome(one) for name, one in sums.items()}
-    if rank == 0:
-        torch.save(found, answers)
-    dist.destroy_process_group()
+
+    def part(piece):
+        mine = batches(samples, 2, piece)
+        return packed(measured(Maps(look), classifier, mine, metrics, "scored", start=piece.start), {})
+
+    found = {piece: part(piece) for piece in reversed(list(cut(COUNT, 2)))}
+    scores = joined((found[piece] for piece in cut(COUNT, 2)), metrics, classifier).scores()
+    return {score.metric.name: score for score in scores.scores}
 
 
-@pytest.mark.parametrize("count", [2, 3])
-def test_processes_do_not_matter(count, scene, known, tmp_path):
-    address, answers = tmp_path / "meet", tmp_path / "answers.pt"
-    mp.spawn(work, (count, str(address), scene, str(answers)), nprocs=count)
-    found = torch.load(answers, weights_only=False)
-    for name in NAMES:
-        value, per_image, curve, counted = found[name]
-        assert same(value, known[name].value), name
-        assert counted == known[name].count, name
-        assert all(same(a, b) for a, b in zip(per_image, known[name].per_image, strict=True)), name
-        assert all(same(a, b) for a, b in zip(curve, known[name].curve, strict=True)), name
+@pytest.mark.parametrize("name", NAMES)
+def test_processes_do_not_matter(name, met, scene):
+    assert pickle.dumps(met[name]) == pickle.dumps(replace(scored(name, scene, 2), metric=Choice(name)))

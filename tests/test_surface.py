@@ -20,7 +20,7 @@ PACKAGE = {
     "Classifier": "(model, layer, score=logit, to_grid=channels_first, mean=(0.0,), std=(1.0,), size=(224, 224), "
     "channels=3, classes=())",
     "measure": "(method, classifier, batches, metrics, *, explain='scored', report=None)",
-    "run": "(spec, *, on=None, folder=None, keep=None, report=None)",
+    "run": "(spec, *, on=None, folder=None, keep=None, pieces=None, fabric=None, report=None)",
     "Spec": "(model, data, method, metrics, explain='scored', layer=None, images=0, batch=16, seed=0)",
     "Run": "(spec, scores, arguments, provenance, classes=(), skipped=<factory>, pictures=<factory>)",
 }

@@ -1,4 +1,9 @@
-"""Accumulation. The one torchmetrics.Metric: it sums a measure's numbers over a data set, over processes too."""
+"""Accumulation. The one torchmetrics.Metric: it sums a measure's numbers over a data set.
+
+Processes meet through what each `held`, added up in the order of the images: the same bits, however many they are.
+"""
+
+from collections.abc import Mapping
 
 import torch
 from jaxtyping import Float, Int
@@ -20,7 +25,7 @@ class Accumulate(Metric):
     places: list[Tensor]
 
     def __init__(self, measure: Measure) -> None:
-        super().__init__()
+        super().__init__(sync_on_compute=False)
         self.measure = measure
         self.set_dtype(torch.float64)
         self.add_state("total", torch.zeros(measure.width or (), dtype=torch.float64), dist_reduce_fx="sum")
@@ -54,6 +59,17 @@ class Accumulate(Metric):
             raise ValueError("no image was measured; the data set is empty")
         values, places = gathered(self.values, torch.float64), gathered(self.places, torch.long)
         return self.total / self.count, values[places.argsort()], self.count.clone()
+
+    def held(self) -> dict[str, Tensor]:
+        """Return what was added so far, on the CPU: sum, count, what is kept of each image, the places of those."""
+        kept = {"values": gathered(self.values, torch.float64), "places": gathered(self.places, torch.long)}
+        return {name: one.cpu() for name, one in {"total": self.total, "count": self.count, **kept}.items()}
+
+    def add(self, held: Mapping[str, Tensor]) -> None:
+        """Add what another one of the same measure held."""
+        lists = {name: [held[name]] for name in ("values", "places") if len(held[name])}
+        self.merge_state({"total": held["total"], "count": held["count"], "values": [], "places": [], **lists})
+        self._update_count += 1
 
     def finished(self, numbers: Float[Tensor, "*b width"]) -> Float[Tensor, "*b"]:
         """Return what is reported of `width` numbers."""

@@ -49,7 +49,15 @@ def measure(
     check_explain(explain)
     if not metrics:
         raise ValueError("expected at least one metric, got none")
-    return measured(Maps.of_method(method), classifier, batches, metrics, explain, report)
+    done = 0
+
+    def each(subject: Subject) -> None:
+        nonlocal done
+        done += len(subject.batch)
+        if report is not None:
+            report(done)
+
+    return measured(Maps.of_method(method), classifier, batches, metrics, explain, each=each).scores()
 
 
 def measured(
@@ -58,26 +66,28 @@ def measured(
     batches: Iterable[Batch],
     metrics: Mapping[str, Measure],
     explain: Explain,
-    report: Callable[[int], None] | None,
-) -> Scores:
-    """Do the work of `measure`; without metrics it notes what the classifier says."""
-    from sightline.accumulate import Accumulate  # whose library takes seconds to import
+    *,
+    start: int = 0,
+    each: Callable[["Subject"], None] | None = None,
+) -> "Tally":
+    """Do the work of `measure`; without metrics it notes what the classifier says.
 
-    sums = {name: Accumulate(one).to(classifier.device) for name, one in metrics.items()}
-    log, before = Log(), maps.seconds
+    `start` is the first image's place in the data set; `each` is called after every batch.
+    """
+    tally, before = Tally.empty(metrics, classifier), maps.seconds
     for batch in batches:
-        subject = Subject(maps, classifier, checked_batch(batch, classifier), log)
-        places = torch.arange(len(log.ids), len(log.ids) + len(batch), device=subject.batch.x.device)
-        log.note(subject)
+        subject = Subject(maps, classifier, checked_batch(batch, classifier), tally.log)
+        done = start + len(tally.log.ids)
+        places = torch.arange(done, done + len(batch), device=subject.batch.x.device)
+        tally.log.note(subject)
         for name, one in metrics.items():
             scored = subject.label(one.scored, name)
             case = subject.case(one.scored if explain == "scored" else explain, one.scored, scored)
-            sums[name].update(one(case), places)
-        if report is not None:
-            report(len(log.ids))
-    if not log.ids:
-        raise ValueError("no image was measured; the data set is empty")
-    return log.scores(sums, maps.seconds - before)
+            tally.sums[name].update(one(case), places)
+        if each is not None:
+            each(subject)
+    tally.seconds = maps.seconds - before
+    return tally
 
 
 def cases(
@@ -164,10 +174,30 @@ class Maps:
             made = self.made(classifier, batch, y, new)
             self.memory |= {keys[i]: (images[i], one) for i, one in zip(new, made, strict=True)}
         found = torch.stack([self.memory[key][1] for key in keys])
-        most = max(4 * len(batch), self.room // sum(map(size_of, self.memory[keys[-1]])))
+        self.trim(4 * len(batch))
+        return found
+
+    def recall(self, classifier: Classifier, entries: Iterable[tuple[str, int, Tensor, Tensor]]) -> None:
+        """Have these maps alone in memory, the last ones as far as there is room: name, class, image, map."""
+        self.classifiers[id(classifier)], self.memory = classifier, {}
+        for name, label, image, one in entries:
+            self.memory[id(classifier), name, label] = image, one
+            self.trim(1)
+
+    def trim(self, least: int) -> None:
+        """Forget the oldest maps for which there is no room, but no fewer than so many stay."""
+        last = next(reversed(self.memory.values()))
+        most = max(least, self.room // sum(map(size_of, last)))
         for key in list(self.memory)[: max(0, len(self.memory) - most)]:
             del self.memory[key]
-        return found
+
+    def held(self, classifier: Classifier, ids: Sequence[str]) -> dict[tuple[str, int], Tensor]:
+        """Return the maps of these images that are in memory, by image and class."""
+        return {
+            (name, label): one
+            for (owner, name, label), (_, one) in self.memory.items()
+            if owner == id(classifier) and name in ids
+        }
 
     def knows(self, key: tuple[int, str, int], image: Tensor) -> bool:
         """Tell whether a map is in memory, and is of this very image."""
@@ -210,11 +240,42 @@ class Log:
         self.predicted += predicted.tolist()
         self.probability += probability(subject.logits.double(), predicted).tolist()
 
-    def scores(self, sums: "Mapping[str, Accumulate]", seconds: float) -> Scores:
-        """Return the outcome."""
-        scores = tuple(summed(Choice(name), one) for name, one in sums.items())
-        lists = tuple(self.ids), tuple(self.labels), tuple(self.predicted), tuple(self.probability)
-        return Scores(scores, *lists, seconds, self.degenerate)
+    def add(self, other: "Log") -> None:
+        """Add what is noted of later images."""
+        self.ids += other.ids
+        self.labels += other.labels
+        self.predicted += other.predicted
+        self.probability += other.probability
+        self.degenerate |= other.degenerate
+
+
+@dataclass(eq=False)
+class Tally:
+    """What is known after some batches: notes, sums, and the seconds of the maps."""
+
+    log: Log
+    sums: "Mapping[str, Accumulate]"
+    seconds: float = 0.0
+
+    @classmethod
+    def empty(cls, metrics: Mapping[str, Measure], classifier: Classifier) -> "Tally":
+        """Return that of no batch."""
+        from sightline.accumulate import Accumulate  # whose library takes seconds to import
+
+        return cls(Log(), {name: Accumulate(one).to(classifier.device) for name, one in metrics.items()})
+
+    def scores(self) -> Scores:
+        """Return the outcome.
+
+        Raises:
+            ValueError: no image was measured.
+        """
+        log = self.log
+        if not log.ids:
+            raise ValueError("no image was measured; the data set is empty")
+        scores = tuple(summed(Choice(name), one) for name, one in self.sums.items())
+        lists = tuple(log.ids), tuple(log.labels), tuple(log.predicted), tuple(log.probability)
+        return Scores(scores, *lists, self.seconds, log.degenerate)
 
 
 def summed(metric: Choice, sums: "Accumulate") -> Score:

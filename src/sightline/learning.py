@@ -1,7 +1,6 @@
 """Learning. From a recipe to a file: names become objects, a trainer does the work, everything is recorded."""
 
 import json
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache, partial
@@ -31,13 +30,14 @@ from sightline.explainers import (
 )
 from sightline.methods import METHODS
 from sightline.models._files import checksums
+from sightline.processes import first, leave, wait
 from sightline.protocols import PROTOCOLS
 from sightline.recipes import Recipe
 from sightline.registry import find
 from sightline.running import labeled, metric_of, protocol_of, reader_of
 from sightline.runs import Choice, write_bytes, write_text
 from sightline.settings import bind
-from sightline.training import Metrics, Progress, leave, remember, wait
+from sightline.training import Metrics, Progress, remember
 
 Report = Callable[[Progress], None]
 
@@ -249,11 +249,6 @@ def kept(save: Callable[..., Path], learned: Any, path: Path) -> Path:
         save(learned, path)
     wait()
     return path
-
-
-def first() -> bool:
-    """Tell whether this is the first, or the only, of the processes that `torchrun` started."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 def note(path: Path, entries: Mapping[str, Any]) -> None:

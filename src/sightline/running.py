@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from jaxtyping import Int
@@ -14,17 +14,22 @@ from sightline import models, viz
 from sightline.classifier import Absent, Classifier, Method
 from sightline.data import Dataset, Indexed, Sample, batches
 from sightline.datasets import DATASETS
-from sightline.evaluation import Explain, Log, Maps, Subject, check_explain, measured
+from sightline.evaluation import Explain, Log, Maps, Subject, Tally, check_explain, measured
 from sightline.explanation import laid
 from sightline.images import fit
 from sightline.interchange import stored, write_map
 from sightline.maps import degenerate
 from sightline.metrics import METRICS, Measure
 from sightline.models._files import checksums
+from sightline.pieces import Pieces, cut, joined, maps_in, packed, packed_parts, unpacked_parts
+from sightline.processes import agreed, fabric_of, wait
 from sightline.protocols import PROTOCOLS
 from sightline.registry import find, load, unknown
 from sightline.runs import Choice, Run, Score, Scores, Spec, arguments, describe, file_name, provenance, write_bytes
 from sightline.settings import bind, method_of, seeded, signed
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
 
 T = TypeVar("T")
 
@@ -63,8 +68,8 @@ class Scene:
     arguments: Mapping[str, Any]
 
 
-def scene(spec: Spec) -> Scene:
-    """Open the classifier and the data set that a specification names.
+def scene(spec: Spec, *, fabric: "Fabric | None" = None) -> Scene:
+    """Open the classifier and the data set that a specification names; the network goes to the fabric's device.
 
     Raises:
         LookupError: an unknown name or setting; the message names the nearest ones.
@@ -72,6 +77,8 @@ def scene(spec: Spec) -> Scene:
     """
     classifier = models.load(spec.model)
     classifier = classifier if spec.layer is None else classifier.at(spec.layer)
+    if fabric is not None:
+        classifier.model.to(fabric.device)
     reader = reader_of(spec.data, classifier)
     dataset: Dataset = reader()
     model = {name: describe(getattr(classifier, name)) for name in ("layer", "mean", "std", "size")}
@@ -226,51 +233,154 @@ def run(
     on: Scene | None = None,
     folder: Path | None = None,
     keep: Path | None = None,
+    pieces: Path | None = None,
+    fabric: "Fabric | None" = None,
     report: Callable[[int, int, str], None] | None = None,
 ) -> Run:
     """Explain and score everything that a specification asks for.
+
+    Under `torchrun` each process takes its part of the pieces, and all return the same run, to the last bit; the first
+    alone draws pictures. They meet in the folder `pieces`, from which also a call goes on that was killed.
 
     Args:
         spec: what to do.
         on: the opened scene of this specification, where several methods share one.
         folder: where pictures go (the first images, the best and the worst); none are written without it.
         keep: where every map goes, as WSOL's `.npy`; none are written without it.
-        report: told how many images of how many are done, and which protocol is at work.
+        pieces: where finished pieces wait for the others; gone when the run is complete. Without it they stay in
+            memory, which one process alone can do.
+        fabric: devices and processes (`processes.fabric_of`, whose choice is the default).
+        report: told how many images of how many this process has done, and which protocol is at work.
 
     Raises:
-        LookupError, TypeError, ValueError, OSError: see `named`, `scene` and `measure`.
+        LookupError, TypeError, ValueError, OSError: see `named`, `scene` and `measure`; several processes without
+            `pieces`.
     """
     function, judges = named(spec)
-    maps = Maps(function)
-    on = scene(spec) if on is None else on
+    fabric = fabric_of() if fabric is None else fabric
+    if fabric.world_size > 1 and pieces is None:
+        raise ValueError(f"{fabric.world_size} processes need pieces=, a folder that all of them see")
+    on = scene(spec, fabric=fabric) if on is None else on
     count = min(spec.images or len(on.samples), len(on.samples))
-    told = report or (lambda done, count, note: None)
-    scores = measured(
-        maps,
-        on.classifier,
-        batches(on.samples, spec.batch, range(count)),
-        {name: factory() for name, factory in judges.metrics.items()},
-        cast(Explain, spec.explain),
-        lambda done: told(done, count, ""),
-    )
-    made: dict[str, tuple[Score, ...]] = {score.metric.name: (score,) for score in scores.scores}
-    for name, protocol in judges.protocols.items():
-        told(count, count, name.partition("(")[0])
-        parts = with_objects(protocol, on, spec)(maps, on.classifier, First(on.samples, count))
-        made[name] = tuple(replace(score, metric=Choice(part)) for part, score in parts.items())
-    listed = tuple(one for choice in spec.metrics for one in named_after(choice, made))
-    scores = replace(scores, scores=listed, seconds=scores.seconds if judges.metrics else maps.seconds)
     recorded = {
         **on.arguments,
         **weights_of(spec),
         "method": arguments(function),
         "metrics": {name: arguments(one) for name, one in {**judges.metrics, **judges.protocols}.items()},
     }
-    pictures = {} if folder is None else draw(spec, on, maps, scores, folder)
-    if keep is not None:
-        write_maps(spec, on, maps, count, keep)
-    classes = on.classifier.classes or on.dataset.classes
-    return Run(spec, scores, recorded, provenance(), classes, dict(on.dataset.skipped), pictures)
+    origin, classes = provenance(), on.classifier.classes or on.dataset.classes
+    place = None if keep is None else str(keep)
+    claim = {"spec": spec.plain(), "arguments": recorded, "images": count, "keep": place, **origin["versions"]}
+    store = Pieces(pieces, claim)
+    work = Work(spec, on, Maps(function), judges, count, keep, report or (lambda done, count, note: None))
+    rank, world = fabric.global_rank, fabric.world_size
+    agreed(lambda: work.explain(store, rank, world))
+    agreed(lambda: work.judge(store, rank, world))
+    scores = work.scores(store)
+    pictures = draw(spec, on, work.maps, scores, folder) if folder is not None and fabric.is_global_zero else {}
+    wait()
+    if fabric.is_global_zero:
+        store.forget()
+    return Run(spec, scores, recorded, origin, classes, dict(on.dataset.skipped), pictures)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a run does, in pieces."""
+
+    spec: Spec
+    on: Scene
+    maps: Maps
+    judges: Judges
+    count: int
+    keep: Path | None
+    report: Callable[[int, int, str], None]
+
+    @property
+    def metrics(self) -> dict[str, Measure]:
+        """The metrics, new."""
+        return {name: factory() for name, factory in self.judges.metrics.items()}
+
+    @property
+    def images(self) -> dict[str, range]:
+        """The pieces of images, by name."""
+        return {f"images-{number:04d}": part for number, part in enumerate(cut(self.count, self.spec.batch))}
+
+    @property
+    def protocols(self) -> dict[str, list[str]]:
+        """The protocols' texts by the names of their pieces: those of one name ask for the same maps."""
+        names = dict.fromkeys(text.partition("(")[0] for text in self.judges.protocols)
+        return {name: [text for text in self.judges.protocols if text.partition("(")[0] == name] for name in names}
+
+    def explain(self, store: Pieces, rank: int, world: int) -> None:
+        """Score the pieces of images that are process `rank`'s of `world` and that nobody has done yet.
+
+        Raises:
+            LookupError, TypeError, ValueError, OSError: see `run`.
+        """
+        mine = list(self.images.items())[rank::world]
+        total, so_far = sum(len(part) for _, part in mine), 0
+        for name, part in mine:
+            if name in store:
+                self.report(so_far + len(part), total, "")
+            else:
+                tally = self.measured(part, so_far, total)
+                kept = self.maps.held(self.on.classifier, tally.log.ids) if self.judges.protocols else {}
+                store[name] = packed(tally, kept)
+            so_far += len(part)
+
+    def judge(self, store: Pieces, rank: int, world: int) -> None:
+        """Run the protocols that are process `rank`'s of `world` and that nobody has run yet.
+
+        Those of one name begin with the maps of all pieces in memory, whichever process made them.
+
+        Raises:
+            LookupError, TypeError, ValueError, OSError: see `run`.
+        """
+        for name, texts in list(self.protocols.items())[rank::world]:
+            if name in store:
+                continue
+            self.maps.recall(self.on.classifier, self.made(store))
+            before, found = self.maps.seconds, dict[str, Mapping[str, Score]]()
+            for text in texts:
+                self.report(self.count, self.count, name)
+                protocol = with_objects(self.judges.protocols[text], self.on, self.spec)
+                found[text] = protocol(self.maps, self.on.classifier, First(self.on.samples, self.count))
+            store[name] = packed_parts(found, self.maps.seconds - before)
+
+    def made(self, store: Pieces) -> Iterator[tuple[str, int, Tensor, Tensor]]:
+        """Yield the maps of all pieces with their images, in order: name, class, image, map."""
+        for name, part in self.images.items():
+            found = maps_in(store[name])
+            images = {sample.id: sample.image for sample in map(self.on.samples.__getitem__, part)} if found else {}
+            for (image, label), one in found.items():
+                yield image, label, images[image], one.to(self.on.classifier.device)
+
+    def measured(self, part: range, so_far: int, total: int) -> Tally:
+        """Score one piece, and keep its maps where they are wanted; `so_far` of `total` images are done before."""
+
+        def each(subject: Subject) -> None:
+            nonlocal so_far
+            so_far += len(subject.batch)
+            if self.keep is not None:
+                write_maps(self.spec, subject, self.keep)
+            self.report(so_far, total, "")
+
+        parts, explain = batches(self.on.samples, self.spec.batch, part), cast(Explain, self.spec.explain)
+        return measured(self.maps, self.on.classifier, parts, self.metrics, explain, start=part.start, each=each)
+
+    def scores(self, store: Pieces) -> Scores:
+        """Return the scores of all pieces, in the order of the specification."""
+        found = joined((store[name] for name in self.images), self.metrics, self.on.classifier).scores()
+        made: dict[str, tuple[Score, ...]] = {score.metric.name: (score,) for score in found.scores}
+        seconds = found.seconds
+        for name in self.protocols:
+            outcome, more = unpacked_parts(store[name])
+            for text, parts in outcome.items():
+                made[text] = tuple(replace(score, metric=Choice(part)) for part, score in parts.items())
+            seconds += 0 if self.judges.metrics else more
+        listed = tuple(one for choice in self.spec.metrics for one in named_after(choice, made))
+        return replace(found, scores=listed, seconds=seconds)
 
 
 def finished(spec: Spec, path: Path) -> Run | None:
@@ -296,19 +406,18 @@ def shown_class(spec: Spec, classifier: Classifier) -> str:
     return "label" if isinstance(classifier.model, Absent) else "predicted"
 
 
-def write_maps(spec: Spec, on: Scene, maps: Maps, count: int, keep: Path) -> None:
-    """Write the map of every image as `keep/ID.npy`.
+def write_maps(spec: Spec, subject: Subject, keep: Path) -> None:
+    """Write the map of every image of a batch as `keep/ID.npy`.
 
     Raises:
         ValueError: the name of an image that would leave the folder.
     """
-    for batch in batches(on.samples, spec.batch, range(count)):
-        subject = Subject(maps, on.classifier, batch.to(on.classifier.device), Log())
-        for name, raw in zip(batch.ids, subject.map(shown_class(spec, on.classifier)), strict=True):
-            path = keep / f"{name}.npy"
-            if not path.resolve().is_relative_to(keep.resolve()):
-                raise ValueError(f"the map of {name!r} would lie outside {keep}; rename the image")
-            write_map(path, raw)
+    maps = subject.map(shown_class(spec, subject.classifier))
+    for name, raw in zip(subject.batch.ids, maps, strict=True):
+        path = keep / f"{name}.npy"
+        if not path.resolve().is_relative_to(keep.resolve()):
+            raise ValueError(f"the map of {name!r} would lie outside {keep}; rename the image")
+        write_map(path, raw)
 
 
 def named_after(choice: Choice, made: Mapping[str, tuple[Score, ...]]) -> Iterator[Score]:
@@ -341,10 +450,16 @@ def with_objects(protocol: Callable[..., T], on: Scene, spec: Spec) -> Callable[
         LookupError, TypeError, ValueError, OSError: a name, file or data set that does not fit.
     """
     said = protocol.keywords if isinstance(protocol, partial) else {}
+
+    def beside(one: Any) -> Classifier:
+        classifier = models.load(Choice.of(one))
+        classifier.model.to(on.classifier.device)
+        return classifier
+
     makers: dict[str, Callable[[Any], Any]] = {
-        "classifiers": lambda listed: [models.load(Choice.of(one)) for one in listed],
-        "permuted": lambda one: models.load(Choice.of(one)),
-        "reference": lambda one: models.load(Choice.of(one)),
+        "classifiers": lambda listed: [beside(one) for one in listed],
+        "permuted": beside,
+        "reference": beside,
         "held_out": lambda one: Recent(labeled(reader_of(Choice.of(one), on.classifier)(), on.classifier)),
         "by": lambda one: method_of(Choice.of(one), spec.seed),
     }

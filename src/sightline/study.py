@@ -36,6 +36,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from sightline.learning import LEARNERS, claim, configured, learn
+from sightline.processes import first
 from sightline.recipes import Recipe
 from sightline.registry import find, unknown
 from sightline.running import finished, named, run
@@ -330,8 +331,13 @@ def taken(one: Step, places: Mapping[str, str], target: Path, tell: Told) -> Non
 
 def evaluated(spec: Spec, path: Path, label: str, tell: Told) -> Run:
     """Return a new run of a specification, written into its file."""
-    made = run(spec, report=lambda done, count, note: tell(f"{label}, {path.stem}", done, count, note))
-    made.write(path)
+    made = run(
+        spec,
+        pieces=path.with_name(f"{path.stem}-pieces"),
+        report=lambda done, count, note: tell(f"{label}, {path.stem}", done, count, note),
+    )
+    if first():
+        made.write(path)
     return made
 
 

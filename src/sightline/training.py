@@ -8,11 +8,9 @@ one process, up to rounding, for networks whose images do not know of each other
 own statistics on the CPU, all have common ones on GPUs (`synchronize`). Dropout draws alike in every process.
 """
 
-import atexit
 import hashlib
 import json
 import math
-import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,12 +19,13 @@ from dataclasses import asdict, dataclass, field, replace
 from io import BytesIO
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, cast, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from sightline.data import Batch, Indexed, Sample, collate
+from sightline.processes import fabric_of, summed
 from sightline.runs import describe, write_bytes, write_text
 
 if TYPE_CHECKING:
@@ -44,9 +43,6 @@ class Joint:
 
 
 Metrics: TypeAlias = Mapping[str, float]
-
-PRECISIONS: Mapping[str, Literal["32-true", "bf16-mixed"]] = {"32-true": "32-true", "bf16-mixed": "bf16-mixed"}
-"""What `fit` can use: nothing with loss scaling, whose state a checkpoint would have to carry."""
 
 CHECKPOINT = "checkpoint.pt"
 
@@ -199,34 +195,6 @@ def fit(
     return at.history
 
 
-def fabric_of(accelerator: str, precision: str) -> "Fabric":
-    """Return what knows devices, precision and processes: one, or those that `torchrun` started.
-
-    Its import takes seconds.
-
-    Raises:
-        ValueError: a precision that `fit` cannot use.
-    """
-    from lightning_fabric import Fabric
-
-    if precision not in PRECISIONS:
-        raise ValueError(f"expected precision to be one of {', '.join(PRECISIONS)}, got {precision!r}")
-    chosen, local = PRECISIONS[precision], int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    nodes = int(os.environ.get("WORLD_SIZE", 1)) // local
-    if local * nodes == 1:
-        return Fabric(accelerator=accelerator, devices=1, precision=chosen)
-    fabric = Fabric(accelerator=accelerator, strategy="ddp", devices=local, num_nodes=nodes, precision=chosen)
-    fabric.launch()
-    atexit.register(leave)
-    return fabric
-
-
-def leave() -> None:
-    """Leave the group of processes, which would else be torn down in the middle of the interpreter's end."""
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-
-
 def part(fabric: "Fabric", indices: Sequence[int]) -> tuple[Sequence[int], float]:
     """Return the images of a step that this process takes, and which share of the step they are.
 
@@ -246,14 +214,6 @@ def together(fabric: "Fabric", found: Mapping[str, Tensor], share: float, *, sto
     values = torch.tensor([share * float(value) for value in found.values()] + [float(stop)], dtype=torch.float64)
     *means, stops = summed(fabric, values).tolist()
     return dict(zip(found, means, strict=True)), stops > 0
-
-
-def summed(fabric: "Fabric", values: Tensor) -> Tensor:
-    """Return the sum over all processes."""
-    if fabric.world_size == 1:
-        return values
-    total = fabric.all_reduce(values.to(fabric.device), reduce_op="sum")
-    return cast(Tensor, total).to(values.device)
 
 
 def averaged(fabric: "Fabric", value: Tensor, share: float) -> Tensor:
@@ -289,12 +249,6 @@ def update(
         nn.utils.clip_grad_norm_(parameters, clip)
     optimizer.step()
     optimizer.zero_grad()
-
-
-def wait() -> None:
-    """Wait until every process is here."""
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()
 
 
 def synchronize(fabric: "Fabric", model: nn.Module) -> nn.Module:

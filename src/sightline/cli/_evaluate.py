@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from sightline.cli._options import SETTING
+from sightline.cli._options import ACCELERATOR, SETTING
 
 if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+
     from sightline.running import Scene
     from sightline.runs import Run, Spec
     from sightline.table import Cell, Table
@@ -35,6 +37,7 @@ METRICS = ("average_drop", "average_increase", "average_gain", "insertion", "del
 @click.option("--seed", type=int, help="Seed of methods and metrics that draw.")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("out"), show_default=True, help="Output folder.")
 @click.option("--again", is_flag=True, help="Repeat runs that the output folder already holds.")
+@ACCELERATOR
 @SETTING
 def command(
     spec: Path | None,
@@ -44,6 +47,7 @@ def command(
     metric: tuple[str, ...],
     out: Path,
     again: bool,
+    accelerator: str,
     **rest: Any,
 ) -> None:
     """Explain and score a data set with one or more methods, as SPEC.toml or the options say (options win).
@@ -51,7 +55,10 @@ def command(
     Writes a run a method (METHOD.json, with every argument, version and number), their pictures, table.csv and
     table.md. SPEC.toml may list several models, trained with several seeds, say: each gets a folder, and the table
     shows means and standard deviations over them. Its [[scene]] tables are several data sets, a folder each. A run that
-    the output folder already holds for the same specification is kept, so that a stopped command goes on where it was.
+    the output folder already holds for the same specification is kept, and so are the pieces of one that was stopped,
+    even killed: the same command goes on where it was.
+
+    Under `torchrun --nproc-per-node N -m sightline evaluate ...` N processes share the images, with the same numbers.
 
     --maps scores maps in files (DIR/IMAGE.npy, .npz or .png; settings as in DIR?form=irn&resize=crop) like a method;
     --model none goes with it where no metric asks the classifier.
@@ -59,6 +66,7 @@ def command(
     from rich.console import Console
 
     from sightline import table
+    from sightline.processes import fabric_of
     from sightline.running import named, scene
     from sightline.runs import write_text
 
@@ -67,11 +75,23 @@ def command(
     for checked in specs:
         named(checked)
     homes = places(specs, out)
-    opened = lru_cache(1)(lambda place: scene(specs[homes.index(place)]))
+    fabric = fabric_of(accelerator)
+    opened = lru_cache(1)(lambda place: scene(specs[homes.index(place)], fabric=fabric))
     made = [
-        run_of(one, partial(opened, home), home, kept(keep, home, out), again, "all" in method, f"{i}/{len(specs)}")
+        run_of(
+            one,
+            partial(opened, home),
+            home,
+            keep=kept(keep, home, out),
+            fabric=fabric,
+            again=again,
+            lenient="all" in method,
+            place=f"{i}/{len(specs)}",
+        )
         for i, (one, home) in enumerate(zip(specs, homes, strict=True), 1)
     ]
+    if not fabric.is_global_zero:
+        return
     runs = [one for one in made if one is not None]
     drawn = tabled(runs)
     write_text(out / "table.csv", table.csv(runs))
@@ -169,14 +189,16 @@ def run_of(
     spec: "Spec",
     opened: "Callable[[], Scene]",
     out: Path,
+    *,
     keep: Path | None,
+    fabric: "Fabric",
     again: bool,
     lenient: bool,
     place: str,
 ) -> "Run | None":
     """Return the run of a specification: the one in the output folder, or a new one, written there.
 
-    None, if lenient, where the network does not suit the method; that is said.
+    None, if lenient, where the network does not suit the method; that is said. The first process alone writes and says.
     """
     from sightline.classifier import UnsuitedError
     from sightline.cli._options import bar
@@ -184,9 +206,13 @@ def run_of(
     from sightline.runs import file_name
 
     path = out / f"{file_name(str(spec.method))}.json"
+    def echo(text: str) -> None:
+        if fabric.is_global_zero:
+            click.echo(text, err=True)
+
     kept = None if again else finished(spec, path)
     if kept is not None:
-        click.echo(f"kept {path}", err=True)
+        echo(f"kept {path}")
         return kept
     try:
         with bar() as progress:
@@ -196,16 +222,19 @@ def run_of(
                 on=opened(),
                 folder=out / f"{file_name(str(spec.method))}-pictures",
                 keep=None if keep is None else keep / file_name(str(spec.method)),
+                pieces=out / f"{file_name(str(spec.method))}-pieces",
+                fabric=fabric,
                 report=lambda done, count, note: progress.update(task, completed=done, total=count, note=note),
             )
     except UnsuitedError as error:
         if not lenient:
             raise
-        click.echo(f"skipped {spec.method}: {error}", err=True)
+        echo(f"skipped {spec.method}: {error}")
         return None
     for file, reason in made.skipped.items():
-        click.echo(f"skipped {file}: {reason}", err=True)
-    made.write(path)
+        echo(f"skipped {file}: {reason}")
+    if fabric.is_global_zero:
+        made.write(path)
     return made
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from sightline.cli._options import SETTING
+from sightline.cli._options import ACCELERATOR, SETTING
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -29,6 +29,7 @@ WIDEST = 9
 @click.option("--layer", default=None, help="The layer to explain, by its dotted name.")
 @click.option("--resize", default="direct", show_default=True, help="How pictures are fitted: direct, crop, crop256.")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("out"), show_default=True, help="Output folder.")
+@ACCELERATOR
 @SETTING
 def command(
     images: tuple[Path, ...],
@@ -38,6 +39,7 @@ def command(
     layer: str | None,
     resize: str,
     out: Path,
+    accelerator: str,
     settings: tuple[str, ...],
 ) -> None:
     """Explain each IMAGE (a picture or a folder of them) and write NAME-METHOD.png (overlay), .npy (raw map) and .json
@@ -49,6 +51,7 @@ def command(
     """
     from sightline import models
     from sightline.cli._options import bar, methods
+    from sightline.processes import fabric_of
     from sightline.runs import file_name
     from sightline.settings import method_of
 
@@ -58,6 +61,7 @@ def command(
     files = [file for image in images for file in pictures(image)]
     classifier = models.load(model)
     classifier = classifier if layer is None else classifier.at(layer)
+    classifier.model.to(fabric_of(accelerator).device)
     folders = places(files, out)
     twice = {one.name for one in chosen if [each.name for each in chosen].count(one.name) > 1}
     made: list[list[Explanation | None]] = []

@@ -14,6 +14,14 @@ SETTING = click.option(
     "--set", "settings", multiple=True, metavar="KEY=VALUE", help="A setting of the method; repeat for more."
 )
 
+ACCELERATOR = click.option(
+    "--accelerator",
+    type=click.Choice(["auto", "cpu", "cuda"]),
+    default="auto",
+    show_default=True,
+    help="Where the network runs: auto is a GPU where there is one.",
+)
+
 
 def pairs(settings: Sequence[str]) -> dict[str, Any]:
     """Read `key=value` options.
@@ -40,9 +48,12 @@ def methods(names: Sequence[str], settings: Sequence[str]) -> "list[Choice]":
 
 
 def bar() -> "Progress":
-    """Return a progress bar on standard error, with count and time left, gone at the end."""
+    """Return the first process's progress bar on standard error, with count and time left; it is gone at the end."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+    from sightline.processes import first
+
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, TextColumn("{task.fields[note]}"), console=Console(stderr=True), transient=True)
+    note, console = TextColumn("{task.fields[note]}"), Console(stderr=True)
+    return Progress(*columns, note, console=console, transient=True, disable=not first())

@@ -103,7 +103,8 @@ def trained(
 ) -> None:
     """Train one kind of thing."""
     from sightline.cli._options import pairs
-    from sightline.learning import LEARNERS, complete, first, learn
+    from sightline.learning import LEARNERS, complete, learn
+    from sightline.processes import first
     from sightline.recipes import Recipe
     from sightline.runs import Choice
 

@@ -22,7 +22,8 @@ from sightline.data import Batch, Indexed, Sample
 from sightline.erase import mix, resolve
 from sightline.explainers._casm import Casm, Objective, classifier_loss, mapping_loss, predict, read
 from sightline.explainers._taps import Taps
-from sightline.training import PRECISIONS, Metrics, Progress, averaged, fit, gradients, synchronize, update
+from sightline.processes import PRECISIONS
+from sightline.training import Metrics, Progress, averaged, fit, gradients, synchronize, update
 from sightline.types import Images, Logits
 
 if TYPE_CHECKING:

@@ -22,7 +22,8 @@ from sightline.classifier_training import AUGMENTATIONS, augmentation, expect, e
 from sightline.data import Batch, Indexed, Sample
 from sightline.explainers._segmenter import segmenter_of
 from sightline.interchange import read_labels
-from sightline.training import PRECISIONS, Joint, Metrics, Progress, fit, gradients, synchronize, update
+from sightline.processes import PRECISIONS
+from sightline.training import Joint, Metrics, Progress, fit, gradients, synchronize, update
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
