@@ -5,6 +5,7 @@ import html
 import importlib.resources
 import json
 import math
+import random
 import re
 import subprocess
 import sys
@@ -19,10 +20,13 @@ from statistics import fmean, stdev
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from sightline.latex import escaped
 from sightline.report import report, write
 from sightline.runs import Choice, Run, Score, Scores, Spec
-from sightline.table import NOTHING, across, csv, digits, fixed, labels, markdown, tables
+from sightline.table import NOTHING, across, csv, digits, fixed, labels, latex, markdown, tables
 
 IDS = tuple(f"img_{i}" for i in range(8))
 UP, DOWN = "insertion", "deletion"
@@ -294,6 +298,70 @@ def test_markdown_shows_numbers_marks_and_controls():
     assert lines[7].startswith("| a\\|b | 0.40 ± ")
     assert lines[8] == "| *controls* |  |  |  |"
     assert lines[9].startswith("| center | 0.60 ± ")
+
+
+def test_latex_has_the_cells_of_markdown():
+    numbers = {UP: [0.4, 0.8] * 4, DOWN: [0.1, 0.3] * 4}
+    worse = {UP: [0.2, 0.6] * 4, DOWN: [0.2, 0.4] * 4}
+    drawn = tables([run("cam", numbers), run("a_b%", worse), run("center", numbers)])
+    width = 1.96 * stdev(numbers[UP]) / 8**0.5
+    lines = latex(drawn).splitlines()
+    assert lines[:2] == [r"\begin{table}", r"\centering"]
+    assert lines[2].startswith(r"\caption{net on birds. 2 methods and 1 control explain net on 8 images of birds; ")
+    assert r"87.5 \% of them" in lines[2]
+    assert lines[3:6] == [
+        r"\begin{tabular}{lrrr}",
+        r"\toprule",
+        r"method & insertion $\uparrow$ & deletion $\downarrow$ & s/image \\",
+    ]
+    assert lines[6] == lines[9] == r"\midrule"
+    assert lines[7].startswith(rf"cam & \textbf{{0.60 $\pm$ {width:.2f}}} & \textbf{{0.200 ")
+    assert lines[8].startswith(r"a\_b\% & 0.40 $\pm$ ")
+    assert lines[10].startswith("center & 0.60 ")
+    assert lines[11:] == [r"\bottomrule", r"\end{tabular}", r"\end{table}"]
+
+
+def test_a_turned_table_is_turned_in_latex_too():
+    numbers = {f"m{i}": [0.1 * i] * 8 for i in range(12)}
+    text = latex(tables([run("cam", numbers), run("center", numbers)]))
+    assert r"metric & cam &  & center \\" in text
+    assert text.count(r"\midrule") == 1
+    assert len(re.findall(r"^m\d+ .*&  &.*$", text, re.MULTILINE)) == 12
+
+
+@given(st.text(st.characters(codec="utf-8", categories=["L", "N", "P", "S", "Z"])))
+def test_no_letter_of_a_name_is_a_command(text):
+    found = re.sub(r"\\text\w+\{\}|\$\\(?:uparrow|downarrow|pm|times)\$|\$[<>|-]\$|\\[&%$#_{}]", "", escaped(text))
+    assert not set("\\&%$#_{}~^<>|") & set(found)
+    assert all(letter in escaped(text) for letter in text if letter.isalnum())
+
+
+def test_csv_keeps_of_the_metrics_arguments_those_of_its_line():
+    said = {"method": {"steps": 3}, "metrics": {UP: {"steps": 16}, DOWN: {"steps": 32}}}
+    rows = list(reader.DictReader(StringIO(csv([run(arguments=said)]))))
+    assert [json.loads(row["arguments"]) for row in rows] == [
+        {"method": {"steps": 3}, "metrics": {"steps": 16}},
+        {"method": {"steps": 3}, "metrics": {"steps": 32}},
+    ]
+
+
+def test_a_page_of_hundreds_of_images_stays_below_ten_megabytes(tmp_path):
+    ids = tuple(f"img_{i}" for i in range(300))
+    noise = random.Random(0)
+    for i, name in enumerate(ids):
+        for kind in ("image", "cam", "gradient"):
+            (tmp_path / f"{kind}_{name}.jpg").write_bytes(b"\xff\xd8\xff" + bytes([i % 251]) + noise.randbytes(12_000))
+    runs = [
+        run(method, {UP: [i / 300 for i in range(300)]}, ids=ids, pictures={
+            name: {"image": f"image_{name}.jpg", "overlay": f"{method}_{name}.jpg"} for name in ids
+        })
+        for method in ("cam", "gradient")
+    ]  # fmt: skip
+    source = page(runs, tmp_path, images=300)
+    assert 5_000_000 < len(source.encode()) < 10_000_000
+    (shown,) = re.findall(r"The first (\d+) of 300 images with pictures", source)
+    assert 100 < int(shown) < 200
+    assert len(page(runs, tmp_path).encode()) < 1_500_000
 
 
 def test_csv_keeps_full_precision_and_one_line_a_run_and_metric():

@@ -32,6 +32,9 @@ MAGIC = {b"\x89PNG\r\n\x1a\n": "image/png", b"\xff\xd8\xff": "image/jpeg"}
 COLORS, DASHES = 12, 4
 """Line colors of methods and dash patterns of controls in the style sheet."""
 
+ROOM = 7_500_000
+"""Characters of pictures in a page, so that it stays below ten megabytes."""
+
 CASES = 3
 """Best and worst images a method, at most."""
 
@@ -150,7 +153,8 @@ class Section:
 def report(runs: Sequence[Run], *, roots: Sequence[Path], title: str = TITLE, images: int = 8) -> str:
     """Write runs as one HTML page; `roots` are the folders of the runs' files, from which pictures are read.
 
-    The gallery shows the first `images` images that have pictures; best and worst cases come from all that have.
+    The gallery shows the first `images` images that have pictures, as far as there is room: a page stays below ten
+    megabytes. Best and worst cases come from all that have.
 
     Raises:
         ValueError: no runs, or not one root a run.
@@ -158,7 +162,7 @@ def report(runs: Sequence[Run], *, roots: Sequence[Path], title: str = TITLE, im
     found = tables(runs)
     if len(roots) != len(runs):
         raise ValueError(f"expected one folder a run, got {len(roots)} folders for {len(runs)} runs")
-    sections = [_section(table, roots, images) for table in found]
+    sections = [_section(table, roots, images, ROOM // len(found)) for table in found]
     shots = (shot for part in sections for _, _, shot in _shots(part.table, part.photos, part.cases))
     sheet = {shot.name: shot.uri for shot in shots if shot.uri}
     styles = dict.fromkeys(style for part in sections for style in part.styles.values())
@@ -242,12 +246,13 @@ def _plain(table: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
     return lines
 
 
-def _section(table: Table, roots: Sequence[Path], images: int) -> Section:
-    """Gather what one table's part of the page shows."""
+def _section(table: Table, roots: Sequence[Path], images: int, room: int) -> Section:
+    """Gather what one table's part of the page shows, in at most `room` characters of pictures."""
     ranking = _ranking(table)
     ids = [name for name in table.rows[0].run.scores.ids if any(name in row.run.pictures for row in table.rows)]
-    photos = tuple(_photo(table, name, ranking=ranking, roots=roots) for name in ids[:images])
     cases = tuple(_case(row, ranking=ranking, roots=roots) for row in table.methods)
+    left = room - sum(len(shot.uri) for _, _, shot in _shots(table, (), cases))
+    photos = _fitting(table, (_photo(table, name, ranking=ranking, roots=roots) for name in ids[:images]), left)
     return Section(
         table=table,
         summary=summary(table),
@@ -259,6 +264,17 @@ def _section(table: Table, roots: Sequence[Path], images: int) -> Section:
         cases=tuple(case for case in cases if case.best),
         notes=_notes(table, photos, cases if ids else ()),
     )
+
+
+def _fitting(table: Table, photos: Iterator[Photo], room: int) -> tuple[Photo, ...]:
+    """Return the first photos, as many as fit into so many characters."""
+    kept: list[Photo] = []
+    for photo in photos:
+        room -= sum(len(shot.uri) for _, _, shot in _shots(table, [photo], ()))
+        if room < 0:
+            break
+        kept.append(photo)
+    return tuple(kept)
 
 
 def _styles(table: Table) -> dict[str, str]:

@@ -35,6 +35,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+from sightline import latex
 from sightline.learning import LEARNERS, claim, configured, learn
 from sightline.processes import first
 from sightline.recipes import Recipe
@@ -381,25 +382,45 @@ def telling(metric: Choice, among: Sequence[Choice]) -> dict[str, Any]:
 
 def markdown(study: Study, runs: Mapping[str, Mapping[str, Sequence[Run]]]) -> str:
     """Write a table an evaluation: rows down, metrics across, mean ± standard deviation over the seeds."""
-    count = max((len(one) for rows in runs.values() for one in rows.values()), default=0)
-    over = f"Mean ± standard deviation over {count} seeds." if count > 1 else "One seed." if count else "Trainings."
-    parts = [f"# {study.title}", over]
+    parts = [f"# {study.title}", over(runs)]
     for one in study.evaluations:
-        rows = {label: numbers(made) for label, made in runs[one.name].items() if made}
-        parts += [f"## {one.name}", table(rows, one.metrics(rows.values()))]
+        head, rows = laid(one, runs[one.name])
+        lines = [head, ["---", *["---:"] * (len(head) - 1)]]
+        lines += [[f"**{text}**" if best else text for text, best in row] for row in rows]
+        drawn = [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines]
+        parts += [f"## {one.name}", "\n".join(drawn)]
     return "\n\n".join(parts) + "\n"
 
 
-def table(rows: Mapping[str, Mapping[str, Number]], metrics: Sequence[str]) -> str:
-    """Write one table in Markdown; the best mean of a column is bold."""
+def tex(study: Study, runs: Mapping[str, Mapping[str, Sequence[Run]]]) -> str:
+    """Write the same tables in LaTeX."""
+    parts: list[str] = []
+    for one in study.evaluations:
+        head, rows = laid(one, runs[one.name])
+        texts = [[(latex.escaped(text), best) for text, best in row] for row in rows]
+        cells = [[latex.bold(text) if best else text for text, best in row] for row in texts]
+        parts.append(latex.table(f"{study.title}: {one.name}. {over(runs)}", head, [cells]))
+    return "\n".join(parts)
+
+
+def over(runs: Mapping[str, Mapping[str, Sequence[Run]]]) -> str:
+    """Say over how many seeds the numbers are."""
+    count = max((len(one) for rows in runs.values() for one in rows.values()), default=0)
+    return f"Mean ± standard deviation over {count} seeds." if count > 1 else "One seed." if count else "Trainings."
+
+
+def laid(one: Evaluation, made: Mapping[str, Sequence[Run]]) -> tuple[list[str], list[list[tuple[str, bool]]]]:
+    """Return the head and the rows of an evaluation, and whether a cell has the best mean of its column."""
+    rows = {label: numbers(found) for label, found in made.items() if found}
+    metrics = one.metrics(rows.values())
     directions = {metric: row[metric].higher_is_better for row in rows.values() for metric in row}
     arrows: Mapping[bool | None, str] = {True: " ↑", False: " ↓", None: ""}
-    lines = [["", *(f"{metric}{arrows[directions[metric]]}" for metric in metrics)], ["---", *["---:"] * len(metrics)]]
     winners = {metric: winner([row[metric] for row in rows.values() if metric in row]) for metric in metrics}
-    for label, row in rows.items():
-        cells = [shown(row[metric], best=row[metric] is winners[metric]) if metric in row else "" for metric in metrics]
-        lines.append([label, *cells])
-    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
+    head = ["", *(f"{metric}{arrows[directions[metric]]}" for metric in metrics)]
+    return head, [
+        [(label, False), *(shown(row.get(metric), winners[metric]) for metric in metrics)]
+        for label, row in rows.items()
+    ]
 
 
 def winner(column: Sequence[Number]) -> Number | None:
@@ -410,16 +431,19 @@ def winner(column: Sequence[Number]) -> Number | None:
     return max(column, key=lambda one: one.mean if way else -one.mean)
 
 
-def shown(number: Number, *, best: bool) -> str:
-    """Write mean ± deviation."""
+def shown(number: Number | None, best: Number | None) -> tuple[str, bool]:
+    """Write mean ± deviation, nothing where there is no number, and tell whether it is the best."""
+    if number is None:
+        return "", False
     text = f"{number.mean:.4g}" if number.deviation is None else f"{number.mean:.4g} ± {number.deviation:.2g}"
-    return f"**{text}**" if best else text
+    return text, number is best
 
 
 def record(study: Study, runs: Mapping[str, Mapping[str, Sequence[Run]]], out: Path | str) -> Path:
-    """Write table.md, numbers.json (every value and the specification of its run) and the curves; return the table.
+    """Write table.md, table.tex, numbers.json and the curves; return table.md.
 
-    The runs themselves, with all that determines them, lie below it.
+    numbers.json has every value and the specification of its run. The runs themselves, with all that determines them,
+    lie below it.
     """
     folder, rows = Path(out), {name: dict(one) for name, one in runs.items()}
     plain = {
@@ -441,6 +465,7 @@ def record(study: Study, runs: Mapping[str, Mapping[str, Sequence[Run]]], out: P
         if one.sweep is not None and found:
             drawn = curves(panels(one.sweep, one.metrics(found.values()), found), one.sweep.axis)
             write_bytes(folder / f"{file_name(one.name)}.png", png(drawn))
+    write_text(folder / "table.tex", tex(study, runs))
     return write_text(folder / "table.md", markdown(study, runs))
 
 

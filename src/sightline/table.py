@@ -1,4 +1,4 @@
-"""Tables. Methods against metrics, as the page, the command line, Markdown and CSV all show them.
+"""Tables. Methods against metrics, as the page, the command line, Markdown, LaTeX and CSV all show them.
 
 Only runs that share everything but the method, its layer and the list of metrics stand in one table. Controls (maps
 that look at nothing or at no classifier) stand apart and are never the best.
@@ -6,13 +6,14 @@ that look at nothing or at no classifier) stand apart and are never the best.
 
 import json
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from csv import writer
 from dataclasses import dataclass
 from io import StringIO
 from statistics import fmean, median, stdev
 from typing import Any
 
+from sightline import latex as tex
 from sightline.methods import METHODS
 from sightline.runs import Choice, Run, Score
 
@@ -244,8 +245,15 @@ def markdown(tables: Sequence[Table]) -> str:
     return "\n".join(_markdown(table) for table in tables)
 
 
+def latex(tables: Sequence[Table]) -> str:
+    """Write the same tables in LaTeX, for booktabs."""
+    return "\n".join(_latex(table) for table in tables)
+
+
 def csv(runs: Sequence[Run]) -> str:
     """Write one line a run and metric in full precision; `seconds` are those of all maps of the run.
+
+    Of the metrics' arguments a line has those of its own.
 
     Raises:
         ValueError: no runs.
@@ -367,38 +375,61 @@ def _count(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
-def _markdown(table: Table) -> str:
-    """Write one table with its heading and summary."""
+def _notes(table: Table) -> str:
+    """Say what a table is about and how it marks."""
     spread = "the standard deviation over the classifiers" if table.models else "half of the 95 % confidence interval"
     aside = " Behind the empty column: controls." if table.wide and table.methods and table.controls else ""
-    notes = f"{summary(table)} Bold: the best method; ± {spread}.{aside}"
-    lines = _turned(table) if table.wide else _straight(table)
-    return "\n".join([f"### {_cell(table.heading)}", "", _cell(notes), "", *lines, ""])
+    return f"{summary(table)} Bold: the best method; ± {spread}.{aside}"
 
 
-def _straight(table: Table) -> list[str]:
-    """Write methods down and metrics across."""
-    titles = ["method", *(_cell(column.title) for column in table.columns), "s/image"]
-    lines = [_line(titles), _line([":--", *["--:"] * (len(titles) - 1)])]
-    lines += [_line(_row(row)) for row in table.methods]
-    if table.methods and table.controls:
-        lines.append(_line(["*controls*", *[""] * (len(titles) - 1)]))
-    return lines + [_line(_row(row)) for row in table.controls]
+def _laid(table: Table) -> tuple[list[str], list[list[list[str | Cell]]]]:
+    """Return the head, and the rows of methods and of controls; or of metrics, where the table is turned."""
+    if table.wide:
+        return _turned(table)
+    head = ["method", *(column.title for column in table.columns), "s/image"]
+    blocks = [[_row(row) for row in rows] for rows in (table.methods, table.controls) if rows]
+    return head, blocks
 
 
-def _turned(table: Table) -> list[str]:
-    """Write metrics down and methods across, controls behind an empty column."""
+def _turned(table: Table) -> tuple[list[str], list[list[list[str | Cell]]]]:
+    """Lay metrics down and methods across, controls behind an empty column."""
     gap = [None] if table.methods and table.controls else []
-    shown: list[Row | None] = [*table.methods, *gap, *table.controls]
-    titles = ["metric", *("" if row is None else _cell(row.label) for row in shown)]
-    lines = [_line(titles), _line([":--", *["--:"] * len(shown)])]
-    for place, column in enumerate(table.columns):
-        lines.append(_line([_cell(column.title), *("" if row is None else _number(row.cells[place]) for row in shown)]))
-    return [*lines, _line(["s/image", *("" if row is None else row.seconds for row in shown)])]
+    across: list[Row | None] = [*table.methods, *gap, *table.controls]
+    head = ["metric", *("" if row is None else row.label for row in across)]
+    body: list[list[str | Cell]] = [
+        [column.title, *("" if row is None else row.cells[place] for row in across)]
+        for place, column in enumerate(table.columns)
+    ]
+    return head, [[*body, ["s/image", *("" if row is None else Cell(row.seconds, "", False) for row in across)]]]
 
 
-def _row(row: Row) -> list[str]:
-    return [_cell(row.label), *(_number(cell) for cell in row.cells), row.seconds]
+def _row(row: Row) -> list[str | Cell]:
+    return [row.label, *row.cells, Cell(row.seconds, "", False)]
+
+
+def _markdown(table: Table) -> str:
+    """Write one table with its heading and summary."""
+    head, blocks = _laid(table)
+    lines = [_line(map(_cell, head)), _line([":--", *["--:"] * (len(head) - 1)])]
+    for place, block in enumerate(blocks):
+        lines += [_line(["*controls*", *[""] * (len(head) - 1)])] if place else []
+        lines += [_line(_cell(cell) if isinstance(cell, str) else _number(cell) for cell in row) for row in block]
+    return "\n".join([f"### {_cell(table.heading)}", "", _cell(_notes(table)), "", *lines, ""])
+
+
+def _latex(table: Table) -> str:
+    """Write one table in LaTeX."""
+    head, blocks = _laid(table)
+    rows = [[[_printed(cell) for cell in row] for row in block] for block in blocks]
+    return tex.table(f"{table.heading}. {_notes(table)}", head, rows)
+
+
+def _printed(cell: str | Cell) -> str:
+    """Write one cell in LaTeX."""
+    if isinstance(cell, str):
+        return tex.escaped(cell)
+    text = tex.escaped(f"{cell.text} ± {cell.half_width}" if cell.half_width else cell.text)
+    return tex.bold(text) if cell.best else text
 
 
 def _number(cell: Cell) -> str:
@@ -406,7 +437,7 @@ def _number(cell: Cell) -> str:
     return f"**{text}**" if cell.best else text
 
 
-def _line(cells: Sequence[str]) -> str:
+def _line(cells: Iterable[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
@@ -418,7 +449,9 @@ def _cell(text: str) -> str:
 
 def _record(run: Run, score: Score) -> list[Any]:
     spec = run.spec
-    arguments = json.dumps(run.arguments, sort_keys=True)
+    metrics = run.arguments.get("metrics")
+    own = {"metrics": metrics.get(str(score.metric))} if isinstance(metrics, Mapping) else {}
+    arguments = json.dumps({**run.arguments, **own}, sort_keys=True)
     layer = "" if spec.layer is None else spec.layer
     half_width = _half_width(score)
     width = "" if half_width is None else repr(half_width)

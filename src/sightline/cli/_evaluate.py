@@ -52,8 +52,8 @@ def command(
 ) -> None:
     """Explain and score a data set with one or more methods, as SPEC.toml or the options say (options win).
 
-    Writes a run a method (METHOD.json, with every argument, version and number), their pictures, table.csv and
-    table.md. SPEC.toml may list several models, trained with several seeds, say: each gets a folder, and the table
+    Writes a run a method (METHOD.json, with every argument, version and number), their pictures, and table.csv, .md
+    and .tex. SPEC.toml may list several models, trained with several seeds, say: each gets a folder, and the table
     shows means and standard deviations over them. Its [[scene]] tables are several data sets, a folder each. A run that
     the output folder already holds for the same specification is kept, and so are the pieces of one that was stopped,
     even killed: the same command goes on where it was.
@@ -96,11 +96,12 @@ def command(
     drawn = tabled(runs)
     write_text(out / "table.csv", table.csv(runs))
     write_text(out / "table.md", table.markdown(drawn))
+    write_text(out / "table.tex", table.latex(drawn))
     console = Console()
     for one in drawn:
         console.print(shown(one))
         console.print(f"{table.summary(one)}\n")
-    click.echo(f"runs, table.csv and table.md are in {out}; `sightline report {out}` makes the page")
+    click.echo(f"runs and table.csv, .md and .tex are in {out}; `sightline report {out}` makes the page")
 
 
 def conditions(spec: "Spec") -> str:

@@ -10,7 +10,7 @@ import click
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of weights, runs and the table.")
 @click.option("--seed", "seeds", type=int, multiple=True, help="Do this seed alone; repeat for more.")
 def command(file: Path, out: Path, seeds: tuple[int, ...]) -> None:
-    """Do all trainings and evaluations of FILE.toml that are not finished in the output folder, and write table.md.
+    """Do what is not finished of the trainings and evaluations of FILE.toml; write table.md and table.tex.
 
     The file says seeds, [[train]] recipes and [[evaluate]] specifications; `{seed}` and the names of trainings stand
     for what they gave. What was stopped goes on where it was.
@@ -28,4 +28,4 @@ def command(file: Path, out: Path, seeds: tuple[int, ...]) -> None:
         runs = conduct(study, out, seeds=seeds or None, told=told)
     table = record(study, runs, out)
     click.echo(table.read_text(encoding="utf-8"))
-    click.echo(f"runs, numbers.json and table.md are in {out}")
+    click.echo(f"runs, numbers.json and table.md, .tex are in {out}")
