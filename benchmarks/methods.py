@@ -1,13 +1,15 @@
 """Every method against the peers that have it, in one run: seconds, and ratios to one forward pass.
 
-`exact` is fp32; `fast` is the same call under bfloat16 autocast with channels-last weights, with the correlation of its
-map with the exact one. One forward is fp32, channels-last, inference mode. Costly methods run with the same reduced
-settings here and in the peers (the column says which). Writes JSON and a table:
+`exact` is fp32 on the classifier as `wrap` makes it; `fast` is the same call on `speed.fast(precision="bf16")`, with
+the correlation of its map with the exact one. (`speed.py` beside this file measures goals, on larger networks.) One
+forward is fp32, channels-last, inference mode. Costly methods run with the same reduced settings here and in the peers
+(the column says which). Writes JSON and a table:
 
     .venv/bin/python benchmarks/methods.py --network resnet18 --batch 2 --out benchmarks/methods
 """
 
 import argparse
+import copy
 import json
 import logging
 import os
@@ -28,6 +30,7 @@ from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 from torch import Tensor, nn
 
 import sightline
+from sightline import speed
 from sightline.classifier import Classifier
 from sightline.methods import METHODS
 
@@ -92,8 +95,15 @@ class Normalized(nn.Module):
         return logits
 
 
-def peers(name: str, model: nn.Module, layer: nn.Module, x: Tensor, y: Tensor) -> dict[str, Callable[[], object]]:
-    """Return what the other libraries call this method, ready to run."""
+def peers(
+    name: str,
+    model: nn.Module,
+    layer: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    reshape: Callable[[Tensor], Tensor] | None = None,
+) -> dict[str, Callable[[], object]]:
+    """Return what the other libraries call this method, ready to run; `reshape` lays tokens on the image."""
     works: dict[str, Callable[[], object]] = {}
     if name in CAPTUM:
         kind, settings = CAPTUM[name]
@@ -112,15 +122,22 @@ def peers(name: str, model: nn.Module, layer: nn.Module, x: Tensor, y: Tensor) -
         works["captum"] = lambda: guided.attribute(x.clone().requires_grad_(), y)
     if name in GRAD_CAM:
         targets = [ClassifierOutputTarget(int(label)) for label in y]
-        works["pytorch-grad-cam"] = lambda: grad_cam_peer(GRAD_CAM[name], model, layer, x, targets)
+        works["pytorch-grad-cam"] = lambda: grad_cam_peer(GRAD_CAM[name], model, layer, x, targets, reshape)
     if name in TORCH_CAM:
         works["torch-cam"] = lambda: torch_cam_peer(TORCH_CAM[name], model, layer, x, y)
     return works
 
 
-def grad_cam_peer(kind: str, model: nn.Module, layer: nn.Module, x: Tensor, targets: list[Any]) -> object:
+def grad_cam_peer(
+    kind: str,
+    model: nn.Module,
+    layer: nn.Module,
+    x: Tensor,
+    targets: list[Any],
+    reshape: Callable[[Tensor], Tensor] | None,
+) -> object:
     """Run pytorch-grad-cam."""
-    with getattr(pytorch_grad_cam, kind)(model, [layer]) as peer:
+    with getattr(pytorch_grad_cam, kind)(model, [layer], reshape_transform=reshape) as peer:
         peer.batch_size = 32
         return peer(x.clone(), targets)
 
@@ -164,14 +181,12 @@ def main() -> None:
     x, y = torch.rand(given.batch, 3, 224, 224), torch.arange(given.batch)
     wrapped = Normalized(model, classifier).eval()
     layer = wrapped.model.get_submodule(classifier.layer)
-    fast_model = torchvision.models.get_model(given.network, weights=None).eval()
-    fast_model.load_state_dict(model.state_dict())
-    fast_model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    fast = sightline.wrap(fast_model, normalization="imagenet")
+    fast = speed.fast(classifier, precision="bf16")
+    last = copy.deepcopy(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def forward() -> None:
         with torch.inference_mode():
-            fast_model(x.contiguous(memory_format=torch.channels_last))
+            last(x.contiguous(memory_format=torch.channels_last))
 
     forward()
     one = seconds(forward, 5)
@@ -214,8 +229,7 @@ def timed(
         return method(classifier, x, y, **settings)
 
     def quick() -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16):
-            return method(fast, x, y, **settings)
+        return method(fast, x, y, **settings)
 
     row: dict[str, Any] = {"method": name, "settings": dict(settings)}
     row["likeness"] = likeness(exact(), quick())

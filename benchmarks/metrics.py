@@ -2,7 +2,7 @@
 
 Box accuracy and PxAP against the published scheme (`_boxes.py`), one thread. With Quantus installed, in an environment
 of its own (it pulls another OpenCV): insertion and deletion against its pixel flipping, and the pointing game. `exact`
-is fp32 with channels-last weights; `fast` the same call under bfloat16 autocast. Writes JSON and a table:
+and `fast` are `speed.fast` in float32 and bfloat16. Writes JSON and a table:
 
     .venv/bin/python benchmarks/metrics.py --out benchmarks/metrics
     pip install quantus . && python benchmarks/metrics.py --network resnet50 --out benchmarks/metrics
@@ -14,6 +14,7 @@ import os
 import platform
 import time
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from sightline.classifier import Classifier, probability
 from sightline.data import Sample, collate
 from sightline.metrics import Case, pointing_game
 from sightline.metrics._insertion import rank, revealed
+from sightline.speed import fast
 
 SIDE = 192
 """Pixel flipping takes whole pixels of three colors only where its step divides the pixels: not at 224."""
@@ -59,38 +61,41 @@ def boxes() -> list[dict[str, Any]]:
     return [row(one["metric"], one["maps"], one["seconds"], one["published"], one["equal"]) for one in found]
 
 
-def deletion(network: str, steps: int, chunk: int) -> list[dict[str, Any]]:
+def deletion(network: str, steps: int, chunk: int | None) -> list[dict[str, Any]]:
     """Time a deletion game of one image against pixel flipping: seconds a step."""
     import quantus
 
     torch.manual_seed(0)
     plain = built(network)
-    model = built(network)
-    model.load_state_dict(plain.state_dict())
-    model.to(memory_format=torch.channels_last)
     side = 96 if network == "mini_resnet" else SIDE
-    classifier = sightline.wrap(model, normalization="none", size=(side, side))
+    classifier = sightline.wrap(plain, normalization="none", size=(side, side))
+    exact, low = fast(classifier), fast(classifier, precision="bf16")
     x, a, y = torch.rand(1, 3, side, side), torch.rand(1, 1, side, side), torch.tensor([3])
     x[:, :, 0, 0] = 0.0  # Quantus' black is the darkest value of the image
     places, black = rank(a), torch.zeros_like(x)
     flipping = quantus.PixelFlipping(features_in_step=3 * side * side // steps, disable_warnings=True)
 
-    def ours() -> torch.Tensor:
+    def ours(classifier: Classifier) -> Any:
         with torch.inference_mode():
-            return revealed(classifier, x, black, y, places, steps=steps, score=probability, chunk=chunk)[:, 1:]
-
-    def fast() -> torch.Tensor:
-        with torch.autocast("cpu", torch.bfloat16):
-            return ours()
+            only = range(1, steps + 1)
+            curve = revealed(classifier, x, black, y, places, steps=steps, score=probability, chunk=chunk, only=only)
+        return curve.numpy()
 
     def theirs() -> Any:
         return np.asarray(flipping(plain, x.numpy(), y.numpy(), a.numpy()))
 
-    apart = [float(np.abs(curve().numpy() - theirs()).max()) for curve in (ours, fast)]
-    times = [seconds(work) / steps for work in (ours, fast, theirs)]
+    kinds = {"as it is": classifier, "exact": exact, "fast": low}
+    peer = seconds(theirs) / steps
+    on = f"{network} at {side}, a step"
     return [
-        row("deletion, exact", f"{network} at {side}, a step", times[0], times[2], apart[0]),
-        row("deletion, fast", f"{network} at {side}, a step", times[1], times[2], apart[1]),
+        row(
+            f"deletion, {kind}",
+            on,
+            seconds(partial(ours, one)) / steps,
+            peer,
+            float(np.abs(ours(one) - theirs()).max()),
+        )
+        for kind, one in kinds.items()
     ]
 
 
@@ -163,7 +168,7 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--network", nargs="+", default=["resnet50", "resnet18", "mini_resnet"])
     options.add_argument("--steps", type=int, default=24)
-    options.add_argument("--chunk", type=int, default=12)
+    options.add_argument("--chunk", type=int, help="as many images at a time; as the device likes by default")
     options.add_argument("--images", type=int, default=16)
     options.add_argument("--out", type=Path, default=Path("out/benchmarks/metrics"))
     given = options.parse_args()

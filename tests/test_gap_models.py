@@ -223,7 +223,7 @@ def test_weights_that_are_not_there(monkeypatch, name):
     file = rf"{'inception_v3_google' if name == 'inception_v3' else name}-\w+\.pth"
     told = (
         rf"cannot download the weights of {name} \(no network here\); put {file} into .*checkpoints, "
-        rf"or take random weights: {name}_gap\?weights=none$"
+        rf"give a local file: {name}_gap\?weights=FILE\.pth, or take random weights: {name}_gap\?weights=none$"
     )
     with pytest.raises(ConnectionError, match=told):
         FACTORIES[name](weights="DEFAULT")

@@ -8,7 +8,7 @@ from torch import nn
 from torchvision.ops import Permute, SqueezeExcitation
 
 from sightline.classifier import wrap
-from sightline.layers import Tokens, alike, channels_first, channels_last
+from sightline.layers import Tokens, Unpatched, alike, channels_first, channels_last, passive, tokens
 from sightline.models import MiniResNet, MiniVGG, MiniViT
 
 CLASSES = 7
@@ -127,6 +127,101 @@ def test_tokens_and_their_grid_are_a_round_trip():
         [torch.cat([others[b], torch.stack([grid[b, :, i, j] for i in range(3) for j in range(5)])]) for b in range(2)]
     )
     assert torch.equal(Tokens(4, (8, 8))(output, x), grid)
+
+
+@pytest.mark.parametrize(("size", "cells"), [((24, 40), (3, 5)), ((20, 33), (3, 5)), ((17, 34), (3, 5))])
+def test_a_patch_that_the_image_fills_in_part_counts_where_it_is_padded(size, cells):
+    x, (i, j) = torch.zeros(1, 3, *size), cells
+    found = tokens(i * j, x, [(8, 8)])
+    assert found.cells(x) == cells
+    assert found.padded == (size != (24, 40))
+    output = torch.arange(float(i * j)).view(1, i * j, 1)
+    assert torch.equal(found(output, x)[0, 0], output.view(i, j))
+
+
+def test_as_few_tokens_as_possible_lie_before_the_patches():
+    x = torch.zeros(1, 3, 64, 96)
+    assert tokens(6, x, [(8, 8)]) == Tokens(0, (32, 32))
+    assert tokens(24, x, [(8, 8)]) == Tokens(0, (16, 16))
+    assert tokens(27, x, [(8, 8)]) == Tokens(3, (16, 16))
+    assert tokens(8 * 12 + 17, x, [(8, 8)]) is None
+    assert tokens(3 * 3 + 4, torch.zeros(1, 3, 50, 50), [(16, 16)]) == Tokens(4, (16, 16))
+    assert tokens(4 * 4 + 1, torch.zeros(1, 3, 50, 50), [(16, 16)]) == Tokens(1, (16, 16), padded=True)
+
+
+@pytest.mark.parametrize(
+    ("size", "prefix", "cells"),
+    [((64, 64), 0, (4, 4)), ((64, 96), 1, (6, 9)), ((96, 64), 2, (9, 6)), ((40, 90), 0, (3, 7))],
+)
+def test_tokens_of_no_known_patch_have_the_shape_of_the_image(size, prefix, cells):
+    i, j = cells
+    output = torch.rand(2, prefix + i * j, 5)
+    grid = Unpatched(prefix)(output, torch.zeros(2, 3, *size))
+    assert grid.shape == (2, 5, i, j)
+    assert torch.equal(grid[1, :, 1, 2], output[1, prefix + j + 2])
+
+
+class Merged(nn.Module):
+    """Overlapping convolutions, then tokens, halved twice without any convolution: no stride says the patch."""
+
+    def __init__(self, named):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 12, 7, 4, 3)
+        self.proj = nn.Linear(12, 12)
+        self.norm = nn.LayerNorm(12) if named else nn.Identity()
+        self.affine = nn.Linear(12, 12)
+        self.head = nn.Linear(12, CLASSES)
+
+    def forward(self, x):
+        t = self.proj(self.stem(x)[:, :, ::4, ::4].flatten(2).transpose(1, 2))
+        return self.head(self.affine(self.norm(t)).mean(1))
+
+
+@pytest.mark.parametrize(("named", "layer"), [(True, "norm"), (False, "affine")])
+def test_tokens_without_patches_are_found_and_the_last_norm_where_there_is_one(named, layer, seeded):
+    found = wrap(seeded(Merged, named), normalization="none", size=(80, 112))
+    assert (found.layer, found.to_grid) == (layer, Unpatched(0))
+    assert found.features(torch.rand(1, 3, 80, 112)).shape == (1, 12, 5, 7)
+
+
+class Several(nn.Module):
+    """Its trunk gives the map and the pooled features: the head reads the second alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.trunk = Both()
+        self.head = nn.Linear(6, CLASSES)
+
+    def forward(self, x):
+        return self.head(self.trunk(x)["pooled"])
+
+
+class Both(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 6, 4, 4)
+
+    def forward(self, x):
+        last = self.conv(x)
+        return {"last": last, "pooled": last.mean((2, 3))}
+
+
+def test_a_module_that_gives_several_tensors_is_not_taken_where_another_gives_the_map_alone(seeded):
+    found = wrap(seeded(Several), normalization="none", size=32)
+    assert found.layer == "trunk.conv"
+    assert found.features_and_gradient(torch.rand(1, 3, 32, 32), None)[1].any()
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        *((name, True) for name in ("MaxPool2d", "AdaptiveAvgPool2d", "AvgPool2dSame", "Pooling", "GlobalPool")),
+        *((name, True) for name in ("Dropout2d", "Softmax", "Flatten", "LPPool2d")),
+        *((name, False) for name in ("PoolFormerGroupNorm", "PoolFormerLayer", "Conv2d", "PoolingVisionTransformer")),
+    ],
+)
+def test_what_only_pools_is_told_by_how_its_name_ends(name, expected):
+    assert passive(type(name, (nn.Module,), {})()) is expected
 
 
 def test_channels_first_and_last():

@@ -355,7 +355,10 @@ def test_files_that_do_not_fit_say_what_is_wrong(saved, tmp_path):
     with pytest.raises(ValueError, match=r"net\.json describes other weights than .*the checksums differ"):
         models.load(str(path))
     path.with_suffix(".json").write_text("[]")
-    with pytest.raises(ValueError, match=r"net\.json is no manifest of a classifier: it lacks model, layer"):
+    with pytest.raises(ValueError, match=r"net\.json is no manifest of a classifier: it holds no table"):
+        models.load(str(path))
+    path.with_suffix(".json").write_text("{}")
+    with pytest.raises(ValueError, match=r"net\.json is no manifest of a classifier: it lacks model"):
         models.load(str(path))
     path.with_suffix(".json").write_text("{")
     with pytest.raises(ValueError, match=r"net\.json is no manifest of a classifier: Expecting"):

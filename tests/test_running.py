@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from sightline import models, registry
+from sightline import models, registry, running
 from sightline.classifier import UnsuitedError
 from sightline.data import Sample, batches
 from sightline.datasets import creatures
@@ -29,6 +29,7 @@ from sightline.running import (
     worth_showing,
 )
 from sightline.runs import Choice, Run, Score, Scores, Spec, describe, file_name, provenance
+from sightline.table import tables
 
 TABLE = {
     "model": {"name": "mini_resnet", "classes": 20},
@@ -133,6 +134,30 @@ def test_the_resize_policy_of_pictures_is_recorded(pictures):
     assert made.skipped == {"newt/1.png": f"{pictures['root']}/newt/1.png is empty (0 bytes)"}
     assert made.scores.ids == ("newt/0.png", "newt/2.png", "wren/0.png", "wren/1.png", "wren/2.png")
     assert made.classes == ("newt", "wren")
+
+
+def test_a_fast_classifier_gives_the_numbers_of_the_plain_one_to_what_is_promised(monkeypatch):
+    made, asked = [], running.fast
+
+    def noted(classifier, *, precision):
+        made.append(precision)
+        return asked(classifier, precision=precision)
+
+    monkeypatch.setattr(running, "fast", noted)
+    plain, exact, half = (run(spec(**({} if one is None else {"fast": one}))) for one in (None, "exact", "bf16"))
+    assert made == ["exact", "bf16"]
+    assert (plain.spec.fast, exact.spec.fast, half.spec.fast) == (None, "exact", "bf16")
+    for score, other, narrow in zip(plain.scores.scores, exact.scores.scores, half.scores.scores, strict=True):
+        assert other.value == pytest.approx(score.value, rel=1e-3)
+        assert narrow.value == pytest.approx(score.value, rel=0.1)
+        assert narrow.value != score.value
+    assert [table.heading for table in tables([plain, exact, half])] == [
+        "mini_resnet(classes=20) on creatures(count=5), fast None",
+        "mini_resnet(classes=20) on creatures(count=5), fast exact",
+        "mini_resnet(classes=20) on creatures(count=5), fast bf16",
+    ]
+    with pytest.raises(ValueError, match="expected fast to be exact or bf16, got 'int8'"):
+        spec(fast="int8")
 
 
 def test_seeds_reach_methods_and_metrics():

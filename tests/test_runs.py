@@ -106,7 +106,11 @@ def test_a_list_of_methods_is_a_specification_each(tmp_path):
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"metric": "cam"}, ValueError, "a specification has no metric; it has batch, data, explain, images, layer, "),
+        (
+            {"metric": "cam"},
+            ValueError,
+            "a specification has no metric; it has batch, data, explain, fast, images, layer, ",
+        ),
         ({"metrics": "average_drop"}, TypeError, "expected a list of metrics, got 'average_drop'"),
         ({"metrics": 5}, TypeError, "expected a list of metrics, got 5"),
         ({"metrics": [5]}, TypeError, "expected a name or a table with a name, got 5"),

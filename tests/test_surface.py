@@ -21,7 +21,7 @@ PACKAGE = {
     "channels=3, classes=())",
     "measure": "(method, classifier, batches, metrics, *, explain='scored', report=None)",
     "run": "(spec, *, on=None, folder=None, keep=None, pieces=None, fabric=None, report=None)",
-    "Spec": "(model, data, method, metrics, explain='scored', layer=None, images=0, batch=16, seed=0)",
+    "Spec": "(model, data, method, metrics, explain='scored', layer=None, fast=None, images=0, batch=16, seed=0)",
     "Run": "(spec, scores, arguments, provenance, classes=(), skipped=<factory>, pictures=<factory>)",
 }
 
@@ -49,7 +49,7 @@ METHODS = {
     "hires_cam": "(classifier, x, y=None, /, *, score=logit)",
     "eigen_cam": "(classifier, x, y=None, /, *, center=False)",
     "guided_grad_cam": "(classifier, x, y=None, /, *, score=logit)",
-    "score_cam": "(classifier, x, y=None, /, *, score=logit, erase='black', mode='bilinear', chunk=64)",
+    "score_cam": "(classifier, x, y=None, /, *, score=logit, erase='black', mode='bilinear', chunk=None)",
     "ablation_cam": "(classifier, x, y=None, /, *, score=logit, chunk=256)",
     "opti_cam": "(classifier, x, y=None, /, *, objective='mask', normalization='range', score=logit, steps=100, "
     "lr=0.1, tolerance=1e-10, start='constant', keep_best=False, erase='black')",
@@ -110,9 +110,9 @@ METRICS = {
     "average_increase": "(*, erase='black', exponent=1.0, region='map', on='boxes', scored='label')",
     "average_gain": "(*, erase='black', exponent=1.0, region='map', on='boxes', scored='label')",
     "insertion": "(*, steps=224, erase='rise', ties='row_major', score=probability, scored='predicted', seed=0, "
-    "chunk=64)",
+    "chunk=None)",
     "deletion": "(*, steps=224, erase='mean', ties='row_major', score=probability, scored='predicted', seed=0, "
-    "chunk=64)",
+    "chunk=None)",
     "mass": "(*, on='object', radius=0.06696428571428571)",
     "coverage": "(*, instance=None, normalize=True)",
     "minimality": "(*, level=0.9, steps=100, erase='blur', score=probability, scored='label', chunk=64)",

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import torch
@@ -262,7 +263,7 @@ def wrap(
         normalization: `"imagenet"`, `"none"` (the network normalizes itself) or (mean, std); by default what timm
             recorded in the network. It is never guessed.
         size: height and width in pixels; by default what the network says of itself, else 224.
-        classes: names of the classes.
+        classes: names of the classes; by default those that a Hugging Face network knows.
 
     Raises:
         TypeError: not a network.
@@ -272,18 +273,30 @@ def wrap(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}; pass the network itself")
-    if getattr(model, "num_classes", None) == 0:
+    if 0 in (getattr(model, "num_classes", None), getattr(model, "num_labels", None)):
         raise ValueError(f"{type(model).__name__} has no classification head; build it with num_classes=k")
     channels = next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), 3)
     mean, std = normalization_of(model, normalization, channels)
     shape = input_size(model) if size is None else (size, size) if isinstance(size, int) else size
-    draft = Classifier(model, "", mean=mean, std=std, size=shape, channels=channels, classes=tuple(classes))
+    if min(shape) < 1:
+        raise ValueError(f"expected a size of at least one pixel, got {shape}; pass size=(height, width)")
+    draft = Classifier(model, "", mean=mean, std=std, size=shape, channels=channels)
     with differentiable(), frozen(model):
         found = look(draft)
-        if classes and len(classes) != found.logits.shape[1]:
-            raise ValueError(f"got {len(classes)} class names for {found.logits.shape[1]} classes")
+        names = tuple(classes) or names_in(model, found.logits.shape[1])
+        if names and len(names) != found.logits.shape[1]:
+            raise ValueError(f"got {len(names)} class names for {found.logits.shape[1]} classes")
         chosen = layers.infer(model, found) if layer is None else layers.inspect(model, found, called(model, layer))
-    return replace(draft, layer=chosen.name, to_grid=chosen.to_grid)
+    return replace(draft, layer=chosen.name, to_grid=chosen.to_grid, classes=names)
+
+
+def names_in(model: nn.Module, count: int) -> tuple[str, ...]:
+    """Return the names of `count` classes in a Hugging Face network's configuration; none where they are LABEL_0 ..."""
+    named = getattr(getattr(model, "config", None), "id2label", None)
+    if not isinstance(named, Mapping) or {*named} != {*range(count)}:
+        return ()
+    names = tuple(str(named[number]) for number in range(count))
+    return () if names == tuple(f"LABEL_{number}" for number in range(count)) else names
 
 
 def look(classifier: Classifier) -> layers.Probe:
@@ -294,13 +307,23 @@ def look(classifier: Classifier) -> layers.Probe:
     """
     generator = torch.Generator().manual_seed(0)
     x = torch.rand((2, classifier.channels, *classifier.size), generator=generator).to(classifier.device)
+    return layers.probe(classifier.model, partial(tried, classifier), x)
+
+
+def tried(classifier: Classifier, x: Images) -> Logits:
+    """Return the logits of a network that may not run on images of this size.
+
+    Raises:
+        ValueError: it does not.
+    """
+    name, (h, w) = type(classifier.model).__name__, x.shape[2:]
     try:
-        return layers.probe(classifier.model, classifier, x)
-    except (RuntimeError, AssertionError, IndexError) as error:
-        h, w = classifier.size
-        raise ValueError(
-            f"{type(classifier.model).__name__} cannot run on {h} x {w} images: {error}; pass size=(height, width)"
-        ) from error
+        output = classifier.model(classifier.normalize(x))
+    except UnsuitedError:
+        raise
+    except (RuntimeError, AssertionError, IndexError, ValueError) as error:
+        raise ValueError(f"{name} cannot run on {h} x {w} images: {error}; pass size=(height, width)") from error
+    return check_logits(read_logits(output), len(x), name)
 
 
 def called(model: nn.Module, layer: str | nn.Module) -> str:
@@ -312,7 +335,8 @@ def input_size(model: nn.Module) -> tuple[int, int]:
     """Return the height and width that the network asks for, where it says so; else 224."""
     config, cfg = getattr(model, "config", None), getattr(model, "pretrained_cfg", None) or {}
     size = cfg.get("input_size", (3, None))[1:] if isinstance(cfg, Mapping) else None
-    for said in (getattr(model, "image_size", None), size, getattr(config, "image_size", None)):
+    patches = next((said for module in model.modules() if (said := getattr(module, "img_size", None))), None)
+    for said in (getattr(model, "image_size", None), patches, size, getattr(config, "image_size", None)):
         if isinstance(said, int):
             return said, said
         if isinstance(said, tuple | list) and len(said) == 2 and all(isinstance(n, int) for n in said):
@@ -335,7 +359,8 @@ def normalization_of(
     if choice is None:
         raise ValueError(
             f"how does {type(model).__name__} want its images normalized? Pass normalization='imagenet', "
-            "normalization='none' (the network normalizes itself) or normalization=(mean, std)"
+            "normalization='none' (the network normalizes itself) or normalization=(mean, std), of a Hugging Face "
+            "network its processor's (image_mean, image_std)"
         )
     if isinstance(choice, str):
         if choice not in ("imagenet", "none"):
@@ -355,7 +380,13 @@ def read_logits(output: Any) -> Tensor:
 
     Raises:
         TypeError: no tensor in it.
+        ValueError: features of a network without a head.
     """
+    if not hasattr(output, "logits") and hasattr(output, "last_hidden_state"):
+        raise ValueError(
+            f"the network returned {type(output).__name__} without logits: it has no classification head; build it "
+            "with one: transformers' ...ForImageClassification, num_labels=k"
+        )
     found = output if isinstance(output, Tensor) else getattr(output, "logits", None)
     found = first(output) if found is None else found
     if not isinstance(found, Tensor):
@@ -410,6 +441,19 @@ def check_logits(logits: Tensor, count: int, model: str) -> Logits:
     return torch.cat([torch.zeros_like(logits), logits], 1) if logits.shape[1] == 1 else logits
 
 
+def tensor_of(y: Any) -> Tensor:
+    """Return labels as a tensor.
+
+    Raises:
+        TypeError: they are none.
+    """
+    try:
+        found: Tensor = torch.as_tensor(y)
+    except (RuntimeError, TypeError, ValueError, OverflowError) as error:
+        raise TypeError(f"expected a label, or one an image, as integers, got {y!r}: {error}") from error
+    return found
+
+
 def check_labels(logits: Logits, y: Labels | Sequence[int] | int | None) -> Labels:
     """Return one label an image, copied to the logits' device; None means the predicted class.
 
@@ -420,7 +464,7 @@ def check_labels(logits: Logits, y: Labels | Sequence[int] | int | None) -> Labe
     count, classes = logits.shape
     if y is None:
         return logits.argmax(1)
-    labels: Tensor = y if isinstance(y, Tensor) else torch.as_tensor(y)
+    labels = y if isinstance(y, Tensor) else tensor_of(y)
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise TypeError(f"expected integer labels, got {labels.dtype}")
     labels = labels.expand(count) if labels.ndim == 0 else labels

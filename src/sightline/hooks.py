@@ -57,18 +57,28 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def hooked(module: nn.Module, change: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
-    """Call `change` on every output of the module; what it returns, unless None, replaces the output."""
+    """Call `change` on every output of the module; what it returns, unless None, replaces the output.
+
+    Under autocast `change` sees an output in half precision as float32, and what it returns goes on as it was.
+    """
 
     def hook(_: nn.Module, __: Any, output: Any) -> Any:
         tensor = first(output)
-        changed = None if tensor is None else change(tensor)
-        return None if changed is None else put_first(output, changed)
+        changed = None if tensor is None else change(widened(tensor))
+        return None if tensor is None or changed is None else put_first(output, changed.to(tensor.dtype))
 
     handle = module.register_forward_hook(hook)
     try:
         yield
     finally:
         handle.remove()
+
+
+def widened(tensor: Tensor) -> Tensor:
+    """Return a tensor that autocast has made narrow in float32, any other as it is."""
+    if torch.is_autocast_enabled(tensor.device.type) and tensor.dtype in (torch.bfloat16, torch.float16):
+        return tensor.float()
+    return tensor
 
 
 @contextmanager

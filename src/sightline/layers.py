@@ -4,9 +4,11 @@ A convolution gives (b, c, i, j), some networks put the channels last, and a tra
 first few are no patches. A grid function turns each into (b, c, i, j).
 """
 
+import math
+import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -21,6 +23,9 @@ ToGrid: TypeAlias = Callable[[Tensor, Images], Features]
 PREFIX = 16
 """Most tokens before the patches (class, distillation, registers) that a network may have."""
 
+PASSIVE = re.compile(r"dropout|softmax|flatten|pool(ing)?(\dd)?(same)?$")
+"""What the type of a module that makes no features is called."""
+
 
 def channels_first(output: Tensor, x: Images) -> Features:
     """Return (b, c, i, j) as it is."""
@@ -34,15 +39,40 @@ def channels_last(output: Tensor, x: Images) -> Features:
 
 @dataclass(frozen=True)
 class Tokens:
-    """Turn (b, prefix + i j, c) into (b, c, i, j); i and j come from the image's size, never from the token count."""
+    """Turn (b, prefix + i j, c) into (b, c, i, j); i and j come from the image's size, never from the token count.
+
+    `padded` counts a patch that the image fills in part.
+    """
 
     prefix: int
     patch: tuple[int, int]
+    padded: bool = False
 
     def __call__(self, output: Tensor, x: Images) -> Features:
-        i, j = x.shape[2] // self.patch[0], x.shape[3] // self.patch[1]
         patches = output[:, self.prefix :].transpose(1, 2)
-        return patches.reshape(*patches.shape[:2], i, j)
+        return patches.reshape(*patches.shape[:2], *self.cells(x))
+
+    def cells(self, x: Images) -> tuple[int, int]:
+        """Return how many rows and columns of patches there are."""
+        sides = zip(x.shape[2:], self.patch, strict=True)
+        i, j = (-(-side // patch) if self.padded else side // patch for side, patch in sides)
+        return i, j
+
+
+@dataclass(frozen=True)
+class Unpatched:
+    """Turn (b, prefix + i j, c) into (b, c, i, j) where no convolution says how large a patch is.
+
+    Of all i j that give the count, those in which i / j is nearest to the image's h / w.
+    """
+
+    prefix: int
+
+    def __call__(self, output: Tensor, x: Images) -> Features:
+        patches = output[:, self.prefix :].transpose(1, 2)
+        n, (h, w) = patches.shape[2], x.shape[2:]
+        i = min((i for i in range(1, n + 1) if n % i == 0), key=lambda i: abs(math.log(i * i * w / (n * h))))
+        return patches.reshape(*patches.shape[:2], i, n // i)
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,6 +82,8 @@ class Seen:
     name: str
     module: nn.Module
     output: Tensor
+    bare: bool = True
+    """The output is a tensor, not a tuple or mapping whose other tensors would go past a change of this one."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +121,7 @@ def probe(model: nn.Module, forward: Callable[[Images], Tensor], x: Images) -> P
     def keep(name: str, module: nn.Module, inputs: Any, output: Any) -> None:
         tensor = first(output)
         if tensor is not None:
-            seen.append(Seen(name, module, tensor))
+            seen.append(Seen(name, module, tensor, isinstance(output, Tensor)))
         if isinstance(module, nn.Linear) and tensor is not None:
             read.append((inputs[0], tensor))
 
@@ -151,20 +183,26 @@ def usable(model: nn.Module, found: Probe) -> Iterator[tuple[Seen, ToGrid]]:
     """Yield the layers that may be explained, the last one first."""
     makers = {id(one.output): one for one in reversed(found.seen)}
     pooled = {key for key, one in makers.items() if passive(one.module)}
+    normalizing = any(normalizes(one) for one in found.seen)
     steps = strides(found)
     for one in reversed(found.seen):
-        tokens_of_a_norm = one.output.ndim != 3 or "norm" in type(one.module).__name__.lower()
-        if id(one.output) in pooled or not tokens_of_a_norm:
+        unnormalized = normalizing and one.output.ndim == 3 and not normalizes(one)
+        if id(one.output) in pooled or unnormalized:
             continue
         to_grid = grid_of(one, found, steps)
         if to_grid is not None and to_grid(one.output, found.x)[0, 0].numel() > 1:
             yield one, to_grid
 
 
+def normalizes(seen: Seen) -> bool:
+    """Tell whether this is a norm of tokens, and nothing more."""
+    leaf = next(seen.module.children(), None) is None
+    return seen.output.ndim == 3 and leaf and "norm" in type(seen.module).__name__.lower()
+
+
 def passive(module: nn.Module) -> bool:
     """Tell whether a module only pools, drops or reshapes."""
-    name = type(module).__name__.lower()
-    return any(word in name for word in ("pool", "dropout", "softmax", "flatten"))
+    return bool(PASSIVE.search(type(module).__name__.lower()))
 
 
 def grid_of(seen: Seen, found: Probe, steps: list[tuple[int, int]]) -> ToGrid | None:
@@ -173,7 +211,7 @@ def grid_of(seen: Seen, found: Probe, steps: list[tuple[int, int]]) -> ToGrid | 
     if shape[0] != len(found.x):
         return None
     if len(shape) == 3:
-        return tokens(shape[1], found.x, steps)
+        return tokens(shape[1], found.x, steps) or unpatched(shape[1], found)
     if len(shape) != 4:
         return None
     front, back = alike(shape[2], shape[3], found.x), alike(shape[1], shape[2], found.x)
@@ -189,24 +227,33 @@ def alike(i: int, j: int, x: Images) -> bool:
 
 
 def tokens(count: int, x: Images, steps: list[tuple[int, int]]) -> Tokens | None:
-    """Find the patch with which `count` tokens cover the image, after at most `PREFIX` others."""
-    h, w = x.shape[2:]
-    for down, across in steps:
-        for doubling in (1, 2, 4, 8, 16):
-            patch = down * doubling, across * doubling
-            prefix = count - (h // patch[0]) * (w // patch[1])
-            if 0 <= prefix <= PREFIX and count > prefix:
-                return Tokens(prefix, patch)
-    return None
+    """Find the patch with which `count` tokens cover the image, after at most `PREFIX` others: as few as possible."""
+    sizes = [(down * times, across * times) for down, across in steps for times in (1, 2, 4, 8, 16)]
+    grids = [Tokens(0, size, padded) for size in sizes for padded in (False, True)]
+    found = [replace(grid, prefix=count - math.prod(grid.cells(x))) for grid in grids]
+    fitting = [grid for grid in found if 0 <= grid.prefix <= PREFIX and grid.prefix < count]
+    return min(fitting, key=lambda grid: grid.prefix, default=None)
+
+
+def unpatched(count: int, found: Probe) -> Unpatched | None:
+    """Find how `count` tokens cover the image by the maps of convolutions, and by those halved, rounded up."""
+    convolutions = [one.output.shape for one in found.seen if isinstance(one.module, nn.Conv2d)]
+    shapes = {(i, j) for b, _, i, j in convolutions if b == len(found.x) and alike(i, j, found.x)}
+    cells = {-(-i // times) * -(-j // times) for i, j in shapes for times in (1, 2, 4, 8, 16)}
+    prefixes = [count - n for n in cells if 0 <= count - n <= PREFIX and n > 1]
+    return Unpatched(min(prefixes)) if prefixes else None
 
 
 def strides(found: Probe) -> list[tuple[int, int]]:
     """Return the strides of the convolutions that cut the image into patches."""
-    convolutions = [one.module for one in found.seen if isinstance(one.module, nn.Conv2d)]
-    cuts = [
-        (c.stride[0], c.stride[1]) for c in convolutions if tuple(c.stride) == tuple(c.kernel_size) and c.stride[0] > 1
-    ]
-    return list(dict.fromkeys(cuts))
+    cutting = [one.module for one in found.seen if isinstance(one.module, nn.Conv2d | nn.Unfold)]
+    cuts = [(pair(module.stride), pair(module.kernel_size)) for module in cutting]
+    return list(dict.fromkeys(stride for stride, kernel in cuts if stride == kernel and stride[0] > 1))
+
+
+def pair(sides: int | tuple[int, ...]) -> tuple[int, int]:
+    """Return a height and a width."""
+    return (sides, sides) if isinstance(sides, int) else (sides[0], sides[1])
 
 
 def dead(candidate: tuple[Seen, ToGrid], found: Probe) -> bool:
@@ -217,6 +264,13 @@ def dead(candidate: tuple[Seen, ToGrid], found: Probe) -> bool:
 
 
 def outermost(seen: Seen, found: Probe) -> str:
-    """Return the shortest name whose module gave this very output: `layer4` rather than `layer4.2.relu`."""
+    """Return the shortest name whose module gave this very output: `layer4` rather than `layer4.2.relu`.
+
+    Not one that gives other tensors beside it, where another does not.
+    """
     same = [one for one in reversed(found.seen) if one.output is seen.output]
-    return min(same, key=lambda one: (one.name.count("."), isinstance(one.module, nn.Identity))).name
+
+    def order(one: Seen) -> tuple[bool, int, bool]:
+        return not one.bare, one.name.count("."), isinstance(one.module, nn.Identity) or passive(one.module)
+
+    return min(same, key=order).name

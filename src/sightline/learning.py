@@ -329,7 +329,7 @@ def fitting(model: Choice, data: Choice, seed: int) -> tuple[Classifier, Choice]
         raise ValueError(f"{model} segments {classes_of(built)} classes and {data} has {count}; start from {base.name}")
     if empty and not trained:
         built = models.load(Choice(model.name, {**model.settings, **seeds, "classes": count}))
-    elif trained or model.name.startswith("torchvision:"):
+    elif trained or model.name.startswith(("torchvision:", "timm:", "hf:")):
         network = replace_head(built.model, count, seed=seed) if count != classes_of(built) else built.model
         built = wrap(network, layer=built.layer, normalization=(built.mean, built.std), size=built.size)
     return replace(built, classes=tuple(dataset.classes)), stored

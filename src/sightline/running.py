@@ -27,6 +27,7 @@ from sightline.protocols import PROTOCOLS
 from sightline.registry import find, load, unknown
 from sightline.runs import Choice, Run, Score, Scores, Spec, arguments, describe, file_name, provenance, write_bytes
 from sightline.settings import bind, method_of, seeded, signed
+from sightline.speed import Precision, fast
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -71,6 +72,8 @@ class Scene:
 def scene(spec: Spec, *, fabric: "Fabric | None" = None) -> Scene:
     """Open the classifier and the data set that a specification names; the network goes to the fabric's device.
 
+    Only the classifier that is explained is made `fast`, not those that a protocol names.
+
     Raises:
         LookupError: an unknown name or setting; the message names the nearest ones.
         TypeError, ValueError, OSError: a setting, a file or a data set that does not fit.
@@ -79,6 +82,8 @@ def scene(spec: Spec, *, fabric: "Fabric | None" = None) -> Scene:
     classifier = classifier if spec.layer is None else classifier.at(spec.layer)
     if fabric is not None:
         classifier.model.to(fabric.device)
+    if spec.fast is not None:
+        classifier = fast(classifier, precision=cast(Precision, spec.fast))
     reader = reader_of(spec.data, classifier)
     dataset: Dataset = reader()
     model = {name: describe(getattr(classifier, name)) for name in ("layer", "mean", "std", "size")}

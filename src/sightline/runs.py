@@ -18,8 +18,11 @@ from typing import Any
 
 PACKAGES = ("sightline", "torch", "torchvision", "numpy")
 
-KINDS: Mapping[str, type] = {"explain": str, "layer": str, "images": int, "batch": int, "seed": int}
+KINDS: Mapping[str, type] = {"explain": str, "layer": str, "fast": str, "images": int, "batch": int, "seed": int}
 """Plain entries of a specification."""
+
+PRECISIONS = ("exact", "bf16")
+"""How fast a classifier may be asked (`speed.fast`)."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +106,8 @@ class Spec:
     """Everything that determines the numbers of one run.
 
     `explain` says whose map is scored: `"scored"` (the class that the metric scores), `"label"`, `"predicted"`,
-    `"second"` or `"least"`. `layer` replaces the classifier's own layer. `images` = 0 means all.
+    `"second"` or `"least"`. `layer` replaces the classifier's own layer. `fast` is a precision of `speed.fast`,
+    `"exact"` or `"bf16"`; without it the classifier is asked as it is. `images` = 0 means all.
     """
 
     model: Choice
@@ -112,6 +116,7 @@ class Spec:
     metrics: tuple[Choice, ...]
     explain: str = "scored"
     layer: str | None = None
+    fast: str | None = None
     images: int = 0
     batch: int = 16
     seed: int = 0
@@ -133,13 +138,15 @@ class Spec:
             raise TypeError(f"expected a list of metrics, got {table['metrics']!r}")
         for name, kind in KINDS.items():
             value = table.get(name, getattr(cls, name))
-            if type(value) is not kind and (name, value) != ("layer", None):
+            if type(value) is not kind and (name, value) not in (("layer", None), ("fast", None)):
                 raise TypeError(f"{name}: expected {kind.__name__}, got {value!r}")
         choices = {name: Choice.of(table[name]) for name in ("model", "data", "method")}
         metrics = tuple(Choice.of(metric) for metric in table["metrics"])
         spec = cls(**{**table, **choices, "metrics": metrics})
         if spec.batch < 1 or spec.images < 0:
             raise ValueError(f"expected batch >= 1 and images >= 0, got batch={spec.batch}, images={spec.images}")
+        if spec.fast not in (None, *PRECISIONS):
+            raise ValueError(f"expected fast to be {' or '.join(PRECISIONS)}, got {spec.fast!r}")
         return spec
 
     def plain(self) -> dict[str, Any]:

@@ -1,15 +1,14 @@
 """Settings. Keyword arguments that come as plain data, from a command line or a TOML file, bound to a function."""
 
-from collections import abc
 from collections.abc import Callable, Mapping
 from functools import partial
 from inspect import Parameter, signature
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, get_origin
 
 from sightline.classifier import SCORES, Method
 from sightline.erase import ERASERS, resolve
+from sightline.kinds import annotations, check
 from sightline.methods import COMBINATORS, METHODS
 from sightline.registry import find, unknown
 from sightline.runs import Choice, split, unbound
@@ -17,15 +16,6 @@ from sightline.runs import Choice, split, unbound
 T = TypeVar("T")
 
 VARIADIC = (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
-
-WORDS: Mapping[Any, str] = {
-    NoneType: "None",
-    abc.Callable: "a function",
-    abc.Mapping: "a table",
-    abc.Sequence: "a list",
-    tuple: "a list",
-}
-"""How a kind is called in a message, where it has a better name than its own."""
 
 
 def seeded(function: Callable[..., T], settings: Mapping[str, Any], seed: int | None) -> Callable[..., T]:
@@ -109,14 +99,6 @@ def bind(function: Callable[..., T], settings: Mapping[str, Any]) -> Callable[..
     return partial(function, **read) if read else function
 
 
-def annotations(function: Callable[..., Any]) -> dict[str, Any]:
-    """Return the annotated kinds; none where they cannot be read (callable objects, names for type checkers only)."""
-    try:
-        return get_type_hints(function)
-    except (NameError, TypeError):
-        return {}
-
-
 def interpreted(name: str, value: Any, hint: Any) -> Any:
     """Return what plain data stands for."""
     if isinstance(value, int) and not isinstance(value, bool) and hint in (float, float | None):
@@ -132,43 +114,3 @@ def interpreted(name: str, value: Any, hint: Any) -> Any:
         return bind(find(choice.name, ERASERS, "erasers"), choice.settings)
     resolve(choice.name, (0.0,))  # an unknown name is an error now, not at the first image
     return choice.name
-
-
-def check(what: str, value: Any, hint: Any) -> None:
-    """Check a plain value against its annotation.
-
-    Raises:
-        LookupError: not one of the annotated names or numbers.
-        TypeError: a value of another kind.
-    """
-    kinds = list(get_args(hint)) if get_origin(hint) in (Union, UnionType) else [hint]
-    if any(fits(value, kind) for kind in kinds):
-        return
-    choices = [name for kind in kinds if get_origin(kind) is Literal for name in get_args(kind)]
-    if any(type(value) is type(choice) for choice in choices):
-        raise LookupError(f"{what}: {unknown(str(value), map(str, choices), 'choice')}")
-    plain = [kind for kind in kinds if get_origin(kind) is not Literal]
-    words = [WORDS.get(get_origin(kind) or kind) or kind.__name__ for kind in plain]
-    raise TypeError(f"{what}: expected {' or '.join([*map(repr, choices), *words])}, got {value!r}")
-
-
-def fits(value: Any, kind: Any) -> bool:
-    """Tell whether a value is of a kind.
-
-    An int counts as a float, a bool only as a bool, a list as a tuple; what is none of these, nor a choice, a table nor
-    a function, passes.
-    """
-    origin = get_origin(kind) or kind
-    if origin is Literal:
-        return any(type(value) is type(choice) and value == choice for choice in get_args(kind))
-    if origin is abc.Callable:
-        return callable(value)
-    if origin is abc.Mapping:
-        return isinstance(value, abc.Mapping)
-    if origin in (tuple, list, abc.Sequence):
-        return isinstance(value, list | tuple)
-    if isinstance(value, bool):
-        return origin not in (int, float, str, NoneType)
-    if origin is float:
-        return isinstance(value, int | float)
-    return isinstance(value, origin) if origin in (int, str, bool, NoneType) else True

@@ -37,6 +37,9 @@ FIELDS = (
 )
 """Columns of the CSV file."""
 
+SAID = ("explain", "seed", "fast")
+"""Conditions that a heading gives as they are; of others it gives the number."""
+
 WIDE = 9
 """Columns beyond which a table is turned: metrics down, methods across."""
 
@@ -158,6 +161,7 @@ def conditions(run: Run) -> dict[str, Hashable]:
         "data": named(spec.data),
         "explain": spec.explain,
         "seed": spec.seed,
+        "fast": spec.fast,
         "image set": (run.scores.ids, run.scores.labels),
         "predictions": run.scores.predicted,
     }
@@ -173,13 +177,11 @@ def differences(runs: Sequence[Run]) -> tuple[str, ...]:
 def headings(groups: Sequence[Mapping[str, Hashable]]) -> list[str]:
     """Name each group by model and data, and by what else tells it from the others."""
     names = [f"{group['model']} on {group['data']}" for group in groups]
-    for key in ("explain", "seed", "image set", "predictions"):
+    for key in (*SAID, "image set", "predictions"):
         values = list(dict.fromkeys(group[key] for group in groups))
         if len(values) == 1 or (key in ("image set", "predictions") and len(set(names)) == len(names)):
             continue
-        shown = [
-            group[key] if key in ("explain", "seed") else f"no. {values.index(group[key]) + 1}" for group in groups
-        ]
+        shown = [group[key] if key in SAID else f"no. {values.index(group[key]) + 1}" for group in groups]
         names = [f"{name}, {key} {value}" for name, value in zip(names, shown, strict=True)]
     return names
 

@@ -49,7 +49,7 @@ def main(arguments: list[str] | None = None) -> None:
     except (KeyboardInterrupt, click.exceptions.Abort):
         click.echo("stopped; what was finished is kept, and the same command goes on from there", err=True)
         sys.exit(STOPPED)
-    except (LookupError, TypeError, ValueError, OSError, ArithmeticError) as error:
+    except (LookupError, TypeError, ValueError, OSError, ArithmeticError, ImportError) as error:
         if os.environ.get(DEBUG):
             raise
         click.echo(f"sightline: {told(error)}", err=True)

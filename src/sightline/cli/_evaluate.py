@@ -32,6 +32,7 @@ METRICS = ("average_drop", "average_increase", "average_gain", "insertion", "del
 @click.option("--metric", multiple=True, help="A metric, with its settings: insertion?steps=32; repeatable.")
 @click.option("--explain", help="Whose map: scored, label, predicted, second or least.")
 @click.option("--layer", help="The layer to explain, by its dotted name.")
+@click.option("--fast", help="Ask the classifier faster: exact (the same numbers) or bf16 (half precision).")
 @click.option("--images", type=click.IntRange(min=0), help="How many images, from the first; 0 means all.")
 @click.option("--batch", type=click.IntRange(min=1), help="Images at a time.")
 @click.option("--seed", type=int, help="Seed of methods and metrics that draw.")
@@ -207,6 +208,7 @@ def run_of(
     from sightline.runs import file_name
 
     path = out / f"{file_name(str(spec.method))}.json"
+
     def echo(text: str) -> None:
         if fabric.is_global_zero:
             click.echo(text, err=True)

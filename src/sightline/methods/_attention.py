@@ -130,7 +130,7 @@ def tokens_of(classifier: Classifier, x: Images, count: int) -> Tokens | None:
     """Return how `count` tokens lie on the image: the classifier's own grid, or by the stride of its convolutions."""
     grid = classifier.to_grid
     if isinstance(grid, Tokens):
-        i, j = x.shape[2] // grid.patch[0], x.shape[3] // grid.patch[1]
+        i, j = grid.cells(x)
         if count == grid.prefix + i * j:
             return grid
     cuts = [m for m in classifier.model.modules() if isinstance(m, nn.Conv2d) and tuple(m.stride) == m.kernel_size]

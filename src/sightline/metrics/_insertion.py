@@ -8,6 +8,7 @@ from torch import Tensor
 
 from sightline.classifier import Classifier, probability
 from sightline.erase import Eraser, resolve
+from sightline.memory import at_once
 from sightline.metrics._measure import Case, Measure, Scored, check_scored, itself
 from sightline.types import Images, Labels, Saliency, Score
 
@@ -22,7 +23,7 @@ def insertion(
     score: Score = probability,
     scored: Scored = "predicted",
     seed: int = 0,
-    chunk: int = 64,
+    chunk: int | None = None,
 ) -> Measure:
     """Measure the area under the score while pixels are put in, the most salient first; higher is better.
 
@@ -30,7 +31,8 @@ def insertion(
     area is the normalized trapezoid (sum - first / 2 - last / 2) / steps, in [0, 1] for a probability. RISE's
     conventions by default: 224 steps (224 pixels each at 224 x 224), a blurred substrate, the predicted class.
 
-    `ties`: equal pixels go in row-major order, or in a random one drawn with `seed`.
+    `ties`: equal pixels go in row-major order, or in a random one drawn with `seed`. `chunk` images at a time (None: as
+    many as the device likes).
 
     *Differs:* the substrate's 11 x 11 kernel is a truncated Gaussian; RISE's script folds the Gaussian's tails back
     into it.
@@ -49,7 +51,7 @@ def deletion(
     score: Score = probability,
     scored: Scored = "predicted",
     seed: int = 0,
-    chunk: int = 64,
+    chunk: int | None = None,
 ) -> Measure:
     """Measure the area under the score while pixels are taken out, the most salient first; lower is better.
 
@@ -59,10 +61,10 @@ def deletion(
 
 
 def game(
-    steps: int, erase: Eraser, ties: Ties, score: Score, scored: Scored, seed: int, chunk: int, *, into: bool
+    steps: int, erase: Eraser, ties: Ties, score: Score, scored: Scored, seed: int, chunk: int | None, *, into: bool
 ) -> Measure:
     """Return the measure of either game."""
-    if steps < 1 or chunk < 1:
+    if steps < 1 or (chunk is not None and chunk < 1):
         raise ValueError(f"expected steps >= 1 and chunk >= 1, got steps={steps}, chunk={chunk}")
     check_scored(scored)
 
@@ -105,12 +107,13 @@ def revealed(
     *,
     steps: int,
     score: Score = probability,
-    chunk: int = 64,
+    chunk: int | None = None,
     only: range | None = None,
 ) -> Float[Tensor, "b _steps"]:
     """Return the score while `end` replaces `start`, pixel by pixel in the order of `places`; step 0 is `start`.
 
-    Of the steps 0 .. `steps`, `only` these are scored; all by default.
+    Of the steps 0 .. `steps`, `only` these are scored; all by default. `chunk` images at a time (None: as many as the
+    device likes).
     """
     count, height, width = places.shape[1], start.shape[2], start.shape[3]
     wanted = torch.tensor(only or range(steps + 1), device=start.device)
@@ -122,7 +125,8 @@ def revealed(
         seen = torch.where(shown.view(-1, 1, height, width), end[image], start[image])
         return score(classifier(seen).double(), y[image])
 
-    return torch.cat([seen(some) for some in torch.split(pairs, chunk)]).view(len(start), len(wanted))
+    parts = torch.split(pairs, chunk or at_once(height, width, start.device.type))
+    return torch.cat([seen(some) for some in parts]).view(len(start), len(wanted))
 
 
 def area(curve: Float[Tensor, "*b n"]) -> Float[Tensor, "*b"]:

@@ -1,25 +1,30 @@
 """Models. From one line of text to a classifier, and from a classifier to a file; nothing is imported before its use.
 
 `name?key=value&key=value` is the only grammar: `creatures`, `mini_resnet?classes=10&seed=1`, `torchvision:resnet50`,
-`weights.safetensors`, `python:package.module:factory?depth=3&normalization=imagenet`.
+`timm:vit_small_patch16_224`, `hf:microsoft/resnet-18`, `weights.safetensors`, `torchvision:resnet18?weights=net.pth`,
+`python:package.module:factory?depth=3&normalization=imagenet`, which runs that module's code.
+
+A file of weights has a manifest beside it, `weights.json`, which sightline writes, or a hand:
+
+    {"model": "timm:resnet18?num_classes=2", "classes": ["cat", "dog"], "normalization": "imagenet", "size": 224}
+
+Only `model` has to be there, `normalization` (or `mean` and `std`) where the model does not know it, and `layer` and
+`sha256` may be.
 """
 
 import inspect
-import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from sightline.kinds import annotations, check
 from sightline.registry import find, unknown
 from sightline.registry import load as _load
 from sightline.runs import Choice
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from sightline.classifier import Classifier
     from sightline.models._mini_resnet import MiniResNet as MiniResNet
     from sightline.models._mini_resnet import mini_resnet as mini_resnet
@@ -28,8 +33,8 @@ if TYPE_CHECKING:
     from sightline.models._mini_vit import MiniViT as MiniViT
     from sightline.models._mini_vit import mini_vit as mini_vit
 
-_SAVED = ("model", "layer", "mean", "std", "size", "classes")
-"""What the manifest of a classifier says."""
+_SAVED = ("model", "layer", "mean", "std", "size", "classes", "extra", "sha256", "provenance", "normalization")
+"""What the manifest of a classifier may say."""
 
 EMBEDDED = Path(__file__).parents[1] / "weights" / "creatures.safetensors"
 EMBEDDED_CALM = EMBEDDED.with_name("creatures-calm.safetensors")
@@ -99,13 +104,27 @@ MODELS: Mapping[str, Entry] = MappingProxyType(
 
 FORMS: Mapping[str, str] = MappingProxyType(
     {
-        "torchvision:NAME": "any classification network of torchvision, with its weights or ?weights=none&seed=0",
-        "FILE.safetensors": "weights written by `save`, with their manifest FILE.json",
-        "python:MODULE:NAME": "your own function or network, also from the current folder; "
+        "torchvision:NAME": "any classification network of torchvision, with its weights, ?weights=none&seed=0 or "
+        "?weights=FILE.pth",
+        "timm:NAME": "any network of timm (pip install sightline[timm]), with its weights, ?weights=none&seed=0 or "
+        "?weights=FILE.safetensors",
+        "hf:NAME": "an image classifier of transformers (pip install sightline[hf]), from the hub or a FOLDER, with "
+        "its processor's normalization",
+        "FILE.safetensors": "weights with a manifest FILE.json, as sightline writes it, or as short as "
+        '{"model": "timm:resnet18"}; also FILE.pt and FILE.pth',
+        "python:MODULE:NAME": "your own function or network, also from the current folder: its code is run; "
         "?normalization=imagenet|none, layer= and size= say how to wrap it, the rest is its arguments",
     }
 )
 """What else `load` reads -> what it is."""
+
+_LIBRARIES = {
+    "torchvision": "sightline.models._torchvision:from_torchvision",
+    "timm": "sightline.models._timm:from_timm",
+    "hf": "sightline.models._huggingface:from_huggingface",
+    "python": "sightline.models._python:from_python",
+}
+"""Name before the colon -> who reads what follows it."""
 
 _HOMES = {
     "MiniResNet": "sightline.models._mini_resnet:MiniResNet",
@@ -152,19 +171,24 @@ def load(model: str | Choice) -> "Classifier":
         ValueError, TypeError: a text, a setting, a file or a network that does not fit.
         OSError: a file that is not there, or weights that cannot be downloaded.
     """
-    given = Choice.parse(model) if isinstance(model, str) else model
+    return _loaded(Choice.parse(model) if isinstance(model, str) else model, {})
+
+
+def _loaded(given: Choice, default: Mapping[str, Any]) -> "Classifier":
+    """Load; `default` says how to wrap a network that comes without it."""
+    from sightline.models._files import is_weights
+
     named = Choice.parse(given.name)
     settings = {**named.settings, **given.settings}
     if "layer" in settings:
         settings["layer"] = str(settings["layer"])
     kind, _, rest = named.name.partition(":")
-    if named.name.endswith(".safetensors"):
+    if is_weights(named.name):
         described: Classifier = call(_from_file, {"path": named.name, **settings})
         return described
-    if kind == "torchvision":
-        return _from_torchvision(rest, settings)
-    if kind == "python":
-        return _from_python(rest, settings)
+    if kind in _LIBRARIES:
+        build: Callable[..., Classifier] = _load(_LIBRARIES[kind])
+        return build(rest, settings, default)
     try:
         entry = find(named.name, MODELS, "models")
     except LookupError as error:
@@ -177,11 +201,14 @@ def call(function: Callable[..., Any], settings: Mapping[str, Any]) -> Any:
 
     Raises:
         LookupError: a setting that it does not have.
+        TypeError: a value of another kind than the annotated one.
     """
-    known = inspect.signature(function).parameters
-    for name in settings:
+    known, hints = inspect.signature(function).parameters, annotations(function)
+    title = function.__name__.removeprefix("_")
+    for name, value in settings.items():
         if name not in known:
-            raise LookupError(unknown(name, known, f"setting of {function.__name__.removeprefix('_')}"))
+            raise LookupError(unknown(name, known, f"setting of {title}"))
+        check(f"{title}: {name}", value, hints.get(name, Any))
     return function(**settings)
 
 
@@ -260,120 +287,58 @@ def recipe(model: str | Choice) -> Choice:
     Raises:
         FileNotFoundError, ValueError: a file that is not there, or no manifest.
     """
-    from sightline.models._files import read
+    from sightline.models._files import is_weights, read
 
     given = Choice.parse(model) if isinstance(model, str) else model
     embedded = {"creatures": EMBEDDED, "creatures_calm": EMBEDDED_CALM}.get(given.name)
     given = given if embedded is None else Choice(str(embedded), given.settings)
-    if given.name.endswith(".safetensors"):
-        return Choice.of(read(given.name, _SAVED, kind="classifier")[0]["model"])
+    if is_weights(given.name):
+        return Choice.of(read(given.name, ("model",), kind="classifier")[0]["model"])
     return _untrained(given)
 
 
 def _from_file(path: Path | str, *, layer: str | None = None) -> "Classifier":
+    from sightline.classifier import normalization_of
     from sightline.models._files import fill, read
 
-    manifest, content = read(path, _SAVED, kind="classifier")
-    built = load(_untrained(Choice.of(manifest["model"])))
+    manifest, content = read(path, ("model",), kind="classifier")
+    if foreign := [name for name in manifest if name not in _SAVED]:
+        raise ValueError(f"{Path(path).with_suffix('.json')}: {unknown(foreign[0], _SAVED, 'entry')}")
+    said = _said(manifest)
+    built = _loaded(_untrained(Choice.of(manifest["model"])), said)
     fill(built.model, content, path)
-    h, w = manifest["size"]
-    mean, std, classes = (tuple(manifest[name]) for name in ("mean", "std", "classes"))
-    described = replace(built, mean=mean, std=std, size=(h, w), classes=classes)
-    wanted = layer or manifest["layer"]
+    if "normalization" in said:
+        mean, std = normalization_of(built.model, said["normalization"], built.channels)
+        built = replace(built, mean=mean, std=std)
+    h, w = said.get("size", built.size)
+    described = replace(built, size=(h, w), classes=tuple(said.get("classes", built.classes)))
+    if described.classes and "sha256" not in manifest and len(described.classes) != (count := _count(described)):
+        raise ValueError(f"{path} has {count} classes and its manifest {len(described.classes)} names of classes")
+    wanted = layer or manifest.get("layer", built.layer)
     return described if wanted == built.layer else described.at(wanted)
+
+
+def _count(classifier: "Classifier") -> int:
+    """Return how many classes a network has."""
+    import torch
+
+    with torch.no_grad():
+        return classifier(torch.zeros(1, classifier.channels, *classifier.size)).shape[1]
+
+
+def _said(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a manifest says of normalization, size and classes, as `wrap` takes it."""
+    said = {name: manifest[name] for name in ("normalization", "size", "classes") if name in manifest}
+    if {"mean", "std"} <= {*manifest}:
+        said["normalization"] = manifest["mean"], manifest["std"]
+    if isinstance(said.get("normalization"), list):
+        said["normalization"] = tuple(said["normalization"])
+    if isinstance(said.get("size"), int):
+        said["size"] = said["size"], said["size"]
+    return said
 
 
 def _untrained(choice: Choice) -> Choice:
     """Say that a network comes without the weights that its library has: those of the file follow."""
-    theirs = choice.name.startswith("torchvision:") or "weights" in choice.settings
+    theirs = choice.name.startswith(("torchvision:", "timm:", "hf:")) or "weights" in choice.settings
     return Choice(choice.name, {**choice.settings, "weights": "none"}) if theirs else choice
-
-
-def _wrapped(model: "nn.Module", settings: Mapping[str, Any], default: Mapping[str, Any]) -> "Classifier":
-    """Wrap with the settings that say how, of which `size` may be "224x160"."""
-    from sightline.classifier import wrap
-
-    chosen = {**default, **settings}
-    if isinstance(size := chosen.get("size"), str):
-        sides = size.split("x")
-        if len(sides) != 2 or not all(side.isdigit() for side in sides):
-            raise ValueError(f"expected size=224 or size=HEIGHTxWIDTH, got {size!r}")
-        chosen["size"] = int(sides[0]), int(sides[1])
-    if isinstance(chosen.get("size"), list):
-        chosen["size"] = tuple(chosen["size"])
-    return wrap(model, **chosen)
-
-
-def _split(settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Part the settings of `wrap` from those of the network."""
-    wrapping = ("layer", "size", "normalization")
-    return {k: v for k, v in settings.items() if k in wrapping}, {
-        k: v for k, v in settings.items() if k not in wrapping
-    }
-
-
-def _from_torchvision(name: str, settings: Mapping[str, Any]) -> "Classifier":
-    from torchvision import models as zoo
-
-    from sightline.models._mini_resnet import seeded
-
-    names = zoo.list_models(module=zoo)
-    if name not in names:
-        raise LookupError(unknown(name, names, "torchvision model"))
-    wrapping, rest = _split(settings)
-    known = zoo.get_model_weights(name)
-    wanted = str(rest.pop("weights", "DEFAULT"))
-    if wanted not in (*known.__members__, "none"):
-        raise LookupError(unknown(wanted, [*known.__members__, "none"], f"weights of {name}"))
-    weights = None if wanted == "none" else known[wanted]
-    try:
-        with seeded(int(rest.pop("seed", 0))):
-            model = zoo.get_model(name, weights=weights, progress=False, **rest)
-    except OSError as error:
-        raise ConnectionError(_no_download(name, weights.url if weights else "", error)) from error
-    if weights is None:
-        return _wrapped(model, wrapping, {"normalization": "imagenet", "size": 224})
-    recipe = weights.transforms()
-    default = {"normalization": (recipe.mean, recipe.std), "size": recipe.crop_size[0]}
-    return _wrapped(model, wrapping, {**default, "classes": weights.meta["categories"]})
-
-
-def _no_download(name: str, url: str, error: OSError) -> str:
-    """Say what to do without a network, in one line."""
-    import torch
-
-    folder = Path(torch.hub.get_dir()) / "checkpoints"
-    return (
-        f"cannot download the weights of {name} ({error}); put {url.rpartition('/')[2]} into {folder}, give a local "
-        f"FILE.safetensors, or take random weights: torchvision:{name}?weights=none"
-    )
-
-
-def _from_python(reference: str, settings: Mapping[str, Any]) -> "Classifier":
-    from torch import nn
-
-    from sightline.classifier import Classifier
-    from sightline.models._mini_resnet import seeded
-
-    wrapping, rest = _split(settings)
-    with importable(Path.cwd()), seeded(0):
-        found = _load(reference)
-    with importable(Path.cwd()), seeded(0):
-        made = found if isinstance(found, nn.Module | Classifier) and not rest else found(**rest)
-    if isinstance(made, nn.Module):
-        return _wrapped(made, wrapping, {})
-    if not isinstance(made, Classifier):
-        raise TypeError(f"python:{reference} gave {type(made).__name__}; expected a torch.nn.Module or a Classifier")
-    if fixed := [name for name in wrapping if name != "layer"]:
-        raise ValueError(f"python:{reference} gives a Classifier, which has its own {' and '.join(fixed)}")
-    return made.at(wrapping["layer"]) if "layer" in wrapping else made
-
-
-@contextmanager
-def importable(folder: Path) -> Iterator[None]:
-    """Import from a folder, too, while inside."""
-    sys.path.insert(0, str(folder))
-    try:
-        yield
-    finally:
-        sys.path.remove(str(folder))

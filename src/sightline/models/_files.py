@@ -1,7 +1,10 @@
 """Files. Weights as safetensors and, beside them, a manifest in JSON that can be read without a library."""
 
 import hashlib
+import io
 import json
+import pickle
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +13,12 @@ from sightline.runs import provenance, write_bytes, write_text
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+SUFFIXES = (".safetensors", ".pt", ".pth")
+"""How files of weights end."""
+
+NESTED = ("state_dict", "model_state_dict", "model")
+"""Under which of its names a checkpoint holds the weights."""
 
 
 def write(network: "nn.Module", path: Path | str, manifest: Mapping[str, Any], *, half: bool = False) -> Path:
@@ -54,29 +63,37 @@ def read(path: Path | str, names: Sequence[str], *, kind: str) -> tuple[dict[str
     weights = Path(path)
     manifest_path = weights.with_suffix(".json")
     for file, hint in (
-        (weights, "give the path of a .safetensors file"),
-        (manifest_path, "it says which network the weights belong to; sightline writes both"),
+        (weights, f"give the path of a file of weights ({', '.join(SUFFIXES)})"),
+        (
+            manifest_path,
+            'it says which network the weights belong to: {"model": "torchvision:resnet18"}; or name the network and '
+            f"its weights: torchvision:resnet18?weights={weights}",
+        ),
     ):
         if not file.exists():
             raise FileNotFoundError(f"no file {file}; {hint}")
     content = weights.read_bytes()
     manifest = manifest_of(manifest_path, names, kind=kind)
-    if manifest["sha256"] != hashlib.sha256(content).hexdigest():
+    if manifest.get("sha256", digest := hashlib.sha256(content).hexdigest()) != digest:
         raise ValueError(f"{manifest_path} describes other weights than {weights}: the checksums differ")
     return manifest, content
 
 
 def checksums(plain: Any) -> dict[str, str]:
-    """Return the checksum of every file of weights that plain data names, by its path, as its manifest has it."""
+    """Return the checksum of every file of weights that plain data names, by its path, or by that of its manifest."""
     if isinstance(plain, Mapping):
         return {path: digest for item in plain.values() for path, digest in checksums(item).items()}
     if isinstance(plain, list | tuple):
         return {path: digest for item in plain for path, digest in checksums(item).items()}
-    path = str(plain).partition("?")[0]
-    manifest = Path(path).with_suffix(".json")
-    if not isinstance(plain, str) or not path.endswith(".safetensors") or not manifest.exists():
-        return {}
-    return {path: str(manifest_of(manifest, (), kind="file of weights")["sha256"])}
+    named = [part for part in re.split("[?&=]", plain) if is_weights(part)] if isinstance(plain, str) else []
+    return {path: checksum(Path(path)) for path in named if Path(path).exists()}
+
+
+def checksum(path: Path) -> str:
+    """Return the checksum of a file of weights, as its manifest has it where there is one."""
+    manifest = path.with_suffix(".json")
+    said = manifest_of(manifest, (), kind="file of weights").get("sha256") if manifest.exists() else None
+    return str(said or hashlib.sha256(path.read_bytes()).hexdigest())
 
 
 def manifest_of(path: Path, names: Sequence[str], *, kind: str) -> dict[str, Any]:
@@ -86,35 +103,114 @@ def manifest_of(path: Path, names: Sequence[str], *, kind: str) -> dict[str, Any
         ValueError: not JSON, or not what `write` writes for this kind.
     """
     try:
-        table: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        missing = [name for name in (*names, "sha256") if name not in table]
+        table = json.loads(path.read_text(encoding="utf-8"))
+        missing = [name for name in names if name not in table]
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path} is no manifest of a {kind}: {error}; sightline writes one") from error
+    if not isinstance(table, dict):
+        raise ValueError(f"{path} is no manifest of a {kind}: it holds no table")
     if missing:
         raise ValueError(f"{path} is no manifest of a {kind}: it lacks {', '.join(missing)}")
     return table
+
+
+def is_weights(text: str) -> bool:
+    """Tell whether a text is the name of a file of weights."""
+    return text.endswith(SUFFIXES)
+
+
+def pour(network: "nn.Module", path: Path | str) -> "nn.Module":
+    """Copy the weights of a file without a manifest into a network; return it.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a file that does not fit.
+    """
+    put(network, opened(path), path)
+    return network
+
+
+def opened(path: Path | str) -> dict[str, "Tensor"]:
+    """Return the tensors of a file without a manifest.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: no file of weights.
+    """
+    if not Path(path).exists():
+        raise FileNotFoundError(f"no file {path}; weights= takes the path of a state dict ({', '.join(SUFFIXES)})")
+    return tensors(Path(path).read_bytes(), path)
 
 
 def fill(network: "nn.Module", content: bytes, path: Path | str) -> None:
     """Copy the weights of a file into a network.
 
     Raises:
-        ValueError: not safetensors, or tensors that are missing, unexpected or of another shape.
+        ValueError: no file of weights, or tensors that are missing, unexpected or of another shape.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load as from_bytes
+    put(network, tensors(content, path), path)
 
-    try:
-        state = from_bytes(content)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is no safetensors file: {error}") from error
+
+def put(network: "nn.Module", state: Mapping[str, "Tensor"], path: Path | str) -> None:
+    """Copy tensors into a network; counts of batches, which old files lack, may be missing.
+
+    Raises:
+        ValueError: tensors that are missing, unexpected or of another shape.
+    """
     own = network.state_dict()
     wrong = {
-        "missing": [name for name in own if name not in state],
+        "missing": [name for name in own if name not in state and not name.endswith("num_batches_tracked")],
         "unexpected": [name for name in state if name not in own],
         "of another shape": [name for name in own if name in state and own[name].shape != state[name].shape],
     }
+    check_fit(network, path, wrong)
+    network.load_state_dict({**own, **state})
+
+
+def check_fit(network: "nn.Module", path: Path | str, wrong: Mapping[str, Sequence[str]]) -> None:
+    """Check that nothing is wrong with the tensors of a file.
+
+    Raises:
+        ValueError: something is.
+    """
     if any(wrong.values()):
         told = "; ".join(f"{why}: {', '.join(names)}" for why, names in wrong.items() if names)
         raise ValueError(f"{path} does not fit {type(network).__name__}: {told}")
-    network.load_state_dict(state)
+
+
+def tensors(content: bytes, path: Path | str) -> dict[str, "Tensor"]:
+    """Read a state dict from the bytes of a file; no code of a file is run.
+
+    Raises:
+        ValueError: no safetensors, or a pickle of more than tensors.
+    """
+    import torch
+    from safetensors import SafetensorError
+    from safetensors.torch import load as from_bytes
+
+    if str(path).endswith(".safetensors"):
+        try:
+            return from_bytes(content)
+        except SafetensorError as error:
+            raise ValueError(f"{path} is no safetensors file: {error}") from error
+    try:
+        read = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        raise ValueError(f"{path} is no file of weights alone; write torch.save(network.state_dict(), ...)") from error
+    return plain_names(read, path)
+
+
+def plain_names(read: Any, path: Path | str) -> dict[str, "Tensor"]:
+    """Return the tensors of a checkpoint by the network's own names, without those of training around it.
+
+    Raises:
+        ValueError: it holds something else.
+    """
+    import torch
+
+    inner = next((read[name] for name in NESTED if name in read), read) if isinstance(read, Mapping) else None
+    inner = inner if isinstance(inner, Mapping) else read
+    if not isinstance(inner, Mapping) or not all(isinstance(value, torch.Tensor) for value in inner.values()):
+        raise ValueError(f"{path} holds no state dict; write torch.save(network.state_dict(), ...)")
+    parallel = bool(inner) and all(name.startswith("module.") for name in inner)
+    return {name.removeprefix("module.") if parallel else name: value for name, value in inner.items()}

@@ -11,15 +11,15 @@ zero bias.
 
 from collections import OrderedDict
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from sightline.classifier import Classifier, Normalization, wrap
+from sightline.models._files import is_weights
 from sightline.models._mini_resnet import initialize, seeded
-from sightline.registry import unknown
+from sightline.models._torchvision import network
 from sightline.types import Features
 
 WIDE = 1024
@@ -37,7 +37,7 @@ def vgg16_gap(
 ) -> Classifier:
     """Return VGG-GAP: the convolutions of VGG-16 without the last pool (`large`: the last two), conv 3x3, ReLU, head.
 
-    `weights` is "none" or the name of torchvision's weights of VGG-16.
+    `weights` is "none", the name of torchvision's weights of VGG-16, or a file of such weights.
 
     Raises:
         LookupError: unknown weights or layer.
@@ -62,7 +62,8 @@ def inception_v3_gap(
 ) -> Classifier:
     """Return Inception v3 up to `Mixed_6e`, conv 3x3, ReLU, head; `large`: without the stride of `Mixed_6a`.
 
-    `weights` is "none" or the name of torchvision's weights of Inception v3; images are scaled to [-1, 1] for both.
+    `weights` is "none", the name of torchvision's weights of Inception v3, or a file of such weights; images are scaled
+    to [-1, 1] for all.
 
     *Differs:* every convolution and pool of the stem and of `Mixed_6a` is padded by one, so that the cells are eighths
     (sixteenths) of the image; unpadded, as in the network itself, 224 pixels give 25 cells (12 with the stride).
@@ -95,7 +96,7 @@ def resnet50_gap(
 ) -> Classifier:
     """Return ResNet-50 without the stride of `layer4` (`large`: nor that of `layer3`), not dilated, and head.
 
-    `weights` is "none" or the name of torchvision's weights of ResNet-50.
+    `weights` is "none", the name of torchvision's weights of ResNet-50, or a file of such weights.
 
     Raises:
         LookupError: unknown weights or layer.
@@ -159,21 +160,12 @@ def from_torchvision(
 
     Raises:
         LookupError: unknown weights.
+        FileNotFoundError, ValueError: a file of weights that is not there or does not fit.
         ConnectionError: weights that cannot be downloaded; the message says what to do.
     """
-    from torchvision import models as zoo
-
-    known = zoo.get_model_weights(name)
-    if weights == "none":
-        return zoo.get_model(name, weights=None, **(untrained or {})).apply(initialize), "imagenet"
-    if weights not in known.__members__:
-        raise LookupError(unknown(weights, [*known.__members__, "none"], f"weights of {name}"))
-    recipe = known[weights].transforms()
-    try:
-        return zoo.get_model(name, weights=known[weights], progress=False), (recipe.mean, recipe.std)
-    except OSError as error:
-        folder, url = Path(torch.hub.get_dir()) / "checkpoints", known[weights].url
-        raise ConnectionError(
-            f"cannot download the weights of {name} ({error}); put {url.rpartition('/')[2]} into {folder}, or take "
-            f"random weights: {name}_gap?weights=none"
-        ) from error
+    own = weights == "none" or is_weights(weights)
+    model, theirs = network(name, weights, (untrained or {}) if own else {}, text=f"{name}_gap")
+    if theirs is None:
+        return model.apply(initialize) if weights == "none" else model, "imagenet"
+    recipe = theirs.transforms()
+    return model, (recipe.mean, recipe.std)
