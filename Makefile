@@ -31,6 +31,7 @@ check: setup
 
 bench: setup
 	$(BIN)/python benchmarks/methods.py
+	$(BIN)/python benchmarks/speed.py
 	$(BIN)/python benchmarks/metrics.py
 
 docs: setup

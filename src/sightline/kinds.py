@@ -25,6 +25,11 @@ def annotations(function: Callable[..., Any]) -> dict[str, Any]:
         return {}
 
 
+def kinds(hint: Any) -> list[Any]:
+    """Return the kinds that an annotation allows."""
+    return list(get_args(hint)) if get_origin(hint) in (Union, UnionType) else [hint]
+
+
 def check(what: str, value: Any, hint: Any) -> None:
     """Check a plain value against its annotation.
 
@@ -32,13 +37,13 @@ def check(what: str, value: Any, hint: Any) -> None:
         LookupError: not one of the annotated names or numbers.
         TypeError: a value of another kind.
     """
-    kinds = list(get_args(hint)) if get_origin(hint) in (Union, UnionType) else [hint]
-    if any(fits(value, kind) for kind in kinds):
+    several = kinds(hint)
+    if any(fits(value, kind) for kind in several):
         return
-    choices = [name for kind in kinds if get_origin(kind) is Literal for name in get_args(kind)]
+    choices = [name for kind in several if get_origin(kind) is Literal for name in get_args(kind)]
     if any(type(value) is type(choice) for choice in choices):
         raise LookupError(f"{what}: {unknown(str(value), map(str, choices), 'choice')}")
-    plain = [kind for kind in kinds if get_origin(kind) is not Literal]
+    plain = [kind for kind in several if get_origin(kind) is not Literal]
     words = [WORDS.get(get_origin(kind) or kind) or kind.__name__ for kind in plain]
     raise TypeError(f"{what}: expected {' or '.join([*map(repr, choices), *words])}, got {value!r}")
 

@@ -8,7 +8,7 @@ from typing import Any, Literal, TypeVar, get_origin
 
 from sightline.classifier import SCORES, Method
 from sightline.erase import ERASERS, resolve
-from sightline.kinds import annotations, check
+from sightline.kinds import annotations, check, kinds
 from sightline.methods import COMBINATORS, METHODS
 from sightline.registry import find, unknown
 from sightline.runs import Choice, split, unbound
@@ -101,7 +101,7 @@ def bind(function: Callable[..., T], settings: Mapping[str, Any]) -> Callable[..
 
 def interpreted(name: str, value: Any, hint: Any) -> Any:
     """Return what plain data stands for."""
-    if isinstance(value, int) and not isinstance(value, bool) and hint in (float, float | None):
+    if isinstance(value, int) and not isinstance(value, bool) and float in kinds(hint) and int not in kinds(hint):
         return float(value)
     if name == "score" and isinstance(value, str) and get_origin(hint) is not Literal:
         return find(value, SCORES, "scores")
