@@ -58,6 +58,7 @@ ALLOWED = {
     "study": {
         "latex",
         "learning",
+        "pieces",
         "processes",
         "recipes",
         "registry",
@@ -92,7 +93,7 @@ ALLOWED = {
             | {"classifier", "registry", "data", "erase", "images", "viz", "explanation", "gallery", "running"}
         ),
         *("runs", "settings", "table", "report", "learning", "recipes", "study", "training", "memory"),
-        *("backgrounds", "processes", "segmenting", "windows"),
+        *("backgrounds", "pieces", "processes", "segmenting", "windows"),
     },
     "__main__": {"cli"},
     "__init__": {"classifier", "evaluation", "explanation", "running", "runs"},

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from sightline import running
 from sightline.classifier import UnsuitedError
-from sightline.pieces import CLAIM, MOST, Pieces, cut, maps_in, packed_parts, unpacked_parts
+from sightline.pieces import CLAIM, MOST, Pieces, cut, forget, maps_in, packed_parts, unpacked_parts
 from sightline.processes import agreed, fabric_of
 from sightline.running import run
 from sightline.runs import Choice, Run, Score, Spec
@@ -105,11 +105,19 @@ def test_a_run_that_failed_goes_on_from_its_pieces(alone, tmp_path, monkeypatch)
         run(spec(), pieces=tmp_path / "pieces")
     assert numbers(run(spec(), pieces=tmp_path / "pieces")) == numbers(alone)
     assert calls == [0, 2, 4, 4, 6]
+    forget(tmp_path / "pieces")
     assert not (tmp_path / "pieces").exists()
 
 
-def test_pieces_of_another_specification_are_not_used(alone, tmp_path, monkeypatch):
-    monkeypatch.setattr(Pieces, "forget", lambda self: None)
+def test_a_folder_with_other_things_is_left_alone(tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(ValueError, match="holds other things than pieces; give a folder of their own"):
+        run(spec(), pieces=tmp_path)
+    forget(tmp_path)
+    assert (tmp_path / "thesis.tex").read_text() == "years of work"
+
+
+def test_pieces_of_another_specification_are_not_used(alone, tmp_path):
     run(spec(method="gradient"), pieces=tmp_path)
     assert json.loads((tmp_path / CLAIM).read_text())["spec"]["method"] == "gradient"
     assert numbers(run(spec(), pieces=tmp_path)) == numbers(alone)

@@ -37,6 +37,9 @@ class Pieces:
     """Pieces by name: in memory, or files of a folder that all processes see and that belongs to one `claim`.
 
     A folder of another claim is emptied. All processes have to make it at the same time.
+
+    Raises:
+        ValueError: a folder that holds something else.
     """
 
     def __init__(self, folder: Path | None, claim: Mapping[str, Any]) -> None:
@@ -46,6 +49,8 @@ class Pieces:
             return
         text = json.dumps(strict(claim), indent=1, sort_keys=True, default=describe) + "\n"
         kept = folder / CLAIM
+        if first() and folder.exists() and not kept.exists() and any(folder.iterdir()):
+            raise ValueError(f"{folder} holds other things than pieces; give a folder of their own, which is emptied")
         if first() and not (kept.exists() and kept.read_text(encoding="utf-8") == text):
             shutil.rmtree(folder, ignore_errors=True)
             write_text(kept, text)
@@ -59,17 +64,18 @@ class Pieces:
         """Return a piece that is done."""
         return self.memory[name] if self.folder is None else (self.folder / name).read_bytes()
 
-    def forget(self) -> None:
-        """Delete the folder: what it held is joined."""
-        if self.folder is not None:
-            shutil.rmtree(self.folder, ignore_errors=True)
-
     def __setitem__(self, name: str, content: bytes) -> None:
         """Keep a piece; a file is whole or not there."""
         if self.folder is None:
             self.memory[name] = content
         else:
             write_bytes(self.folder / name, content)
+
+
+def forget(folder: Path) -> None:
+    """Delete a folder of pieces, if it is there, when what they gave is written."""
+    if first() and (folder / CLAIM).exists():
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 Held: TypeAlias = Mapping[tuple[str, int], Tensor]

@@ -252,8 +252,8 @@ def run(
         on: the opened scene of this specification, where several methods share one.
         folder: where pictures go (the first images, the best and the worst); none are written without it.
         keep: where every map goes, as WSOL's `.npy`; none are written without it.
-        pieces: where finished pieces wait for the others; gone when the run is complete. Without it they stay in
-            memory, which one process alone can do.
+        pieces: where finished pieces wait for the others: a folder of their own, to `pieces.forget` when the run is
+            written. Without it they stay in memory, which one process alone can do.
         fabric: devices and processes (`processes.fabric_of`, whose choice is the default).
         report: told how many images of how many this process has done, and which protocol is at work.
 
@@ -284,8 +284,6 @@ def run(
     scores = work.scores(store)
     pictures = draw(spec, on, work.maps, scores, folder) if folder is not None and fabric.is_global_zero else {}
     wait()
-    if fabric.is_global_zero:
-        store.forget()
     return Run(spec, scores, recorded, origin, classes, dict(on.dataset.skipped), pictures)
 
 

@@ -37,6 +37,7 @@ from typing import Any
 
 from sightline import latex
 from sightline.learning import LEARNERS, claim, configured, learn
+from sightline.pieces import forget
 from sightline.processes import first
 from sightline.recipes import Recipe
 from sightline.registry import find, unknown
@@ -332,13 +333,15 @@ def taken(one: Step, places: Mapping[str, str], target: Path, tell: Told) -> Non
 
 def evaluated(spec: Spec, path: Path, label: str, tell: Told) -> Run:
     """Return a new run of a specification, written into its file."""
+    waiting = path.with_name(f"{path.stem}-pieces")
     made = run(
         spec,
-        pieces=path.with_name(f"{path.stem}-pieces"),
+        pieces=waiting,
         report=lambda done, count, note: tell(f"{label}, {path.stem}", done, count, note),
     )
     if first():
         made.write(path)
+        forget(waiting)
     return made
 
 

@@ -204,6 +204,7 @@ def run_of(
     """
     from sightline.classifier import UnsuitedError
     from sightline.cli._options import bar
+    from sightline.pieces import forget
     from sightline.running import finished, run
     from sightline.runs import file_name
 
@@ -214,8 +215,10 @@ def run_of(
             click.echo(text, err=True)
 
     kept = None if again else finished(spec, path)
+    waiting = out / f"{file_name(str(spec.method))}-pieces"
     if kept is not None:
         echo(f"kept {path}")
+        forget(waiting)
         return kept
     try:
         with bar() as progress:
@@ -225,7 +228,7 @@ def run_of(
                 on=opened(),
                 folder=out / f"{file_name(str(spec.method))}-pictures",
                 keep=None if keep is None else keep / file_name(str(spec.method)),
-                pieces=out / f"{file_name(str(spec.method))}-pieces",
+                pieces=waiting,
                 fabric=fabric,
                 report=lambda done, count, note: progress.update(task, completed=done, total=count, note=note),
             )
@@ -238,6 +241,7 @@ def run_of(
         echo(f"skipped {file}: {reason}")
     if fabric.is_global_zero:
         made.write(path)
+        forget(waiting)
     return made
 
 
