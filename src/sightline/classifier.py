@@ -232,6 +232,12 @@ class Classifier:
         return output
 
 
+def classes_of(classifier: Classifier) -> int:
+    """Return how many classes a network has."""
+    with torch.no_grad():
+        return classifier(torch.zeros(1, classifier.channels, *classifier.size, device=classifier.device)).shape[1]
+
+
 def derivative(values: Values, leaf: Tensor, what: str) -> Tensor:
     """Return the derivative of the values' sum with respect to a leaf; `what` names it in the error.
 

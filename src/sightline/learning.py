@@ -8,10 +8,8 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from sightline import models
-from sightline.classifier import Classifier, Method, wrap
+from sightline.classifier import Classifier, Method, classes_of, wrap
 from sightline.classifier_training import ClassifierConfig, accuracy, mean_average_precision, replace_head, train
 from sightline.data import Dataset, Indexed, Sample, batches
 from sightline.evaluation import measure
@@ -333,12 +331,6 @@ def fitting(model: Choice, data: Choice, seed: int) -> tuple[Classifier, Choice]
         network = replace_head(built.model, count, seed=seed) if count != classes_of(built) else built.model
         built = wrap(network, layer=built.layer, normalization=(built.mean, built.std), size=built.size)
     return replace(built, classes=tuple(dataset.classes)), stored
-
-
-def classes_of(classifier: Classifier) -> int:
-    """Return how many classes a network has."""
-    with torch.no_grad():
-        return classifier(torch.zeros(1, classifier.channels, *classifier.size, device=classifier.device)).shape[1]
 
 
 LEARNERS: Mapping[str, Learner] = {

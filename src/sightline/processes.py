@@ -83,14 +83,15 @@ def agreed(work: Callable[[], None]) -> None:
     Raises:
         UnsuitedError: in this process or in another. Any other error ends this process, and `torchrun` the others.
     """
+    if not torch.distributed.is_initialized():
+        work()
+        return
     said: str | None = None
     try:
         work()
     except UnsuitedError as error:
         said = str(error)
-    texts: list[str | None] = [said]
-    if torch.distributed.is_initialized():
-        texts = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(texts, said)
+    texts: list[str | None] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(texts, said)
     if found := [text for text in texts if text is not None]:
         raise UnsuitedError(found[0])

@@ -340,10 +340,12 @@ class Work:
         Raises:
             LookupError, TypeError, ValueError, OSError: see `run`.
         """
-        for name, texts in list(self.protocols.items())[rank::world]:
-            if name in store:
-                continue
+        mine = [(name, texts) for name, texts in list(self.protocols.items())[rank::world] if name not in store]
+        if mine:
             self.maps.recall(self.on.classifier, self.made(store))
+        recalled = dict(self.maps.memory)
+        for name, texts in mine:
+            self.maps.memory = dict(recalled)
             before, found = self.maps.seconds, dict[str, Mapping[str, Score]]()
             for text in texts:
                 self.report(self.count, self.count, name)

@@ -298,7 +298,7 @@ def recipe(model: str | Choice) -> Choice:
 
 
 def _from_file(path: Path | str, *, layer: str | None = None) -> "Classifier":
-    from sightline.classifier import normalization_of
+    from sightline.classifier import classes_of, normalization_of
     from sightline.models._files import fill, read
 
     manifest, content = read(path, ("model",), kind="classifier")
@@ -312,18 +312,10 @@ def _from_file(path: Path | str, *, layer: str | None = None) -> "Classifier":
         built = replace(built, mean=mean, std=std)
     h, w = said.get("size", built.size)
     described = replace(built, size=(h, w), classes=tuple(said.get("classes", built.classes)))
-    if described.classes and "sha256" not in manifest and len(described.classes) != (count := _count(described)):
+    if described.classes and "sha256" not in manifest and len(described.classes) != (count := classes_of(described)):
         raise ValueError(f"{path} has {count} classes and its manifest {len(described.classes)} names of classes")
     wanted = layer or manifest.get("layer", built.layer)
     return described if wanted == built.layer else described.at(wanted)
-
-
-def _count(classifier: "Classifier") -> int:
-    """Return how many classes a network has."""
-    import torch
-
-    with torch.no_grad():
-        return classifier(torch.zeros(1, classifier.channels, *classifier.size)).shape[1]
 
 
 def _said(manifest: Mapping[str, Any]) -> dict[str, Any]:
