@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from sightline import hooks
+from sightline.attention import Kept, attention, keeps
 from sightline.classifier import UnsuitedError, wrap
 from sightline.maps import unit
 from sightline.memory import at_once
@@ -277,6 +278,77 @@ def test_attention_is_read_in_full_precision(made, images):
     quick = fast(plain, precision="bf16")
     expected = explained("transformer_attribution", plain, images)
     assert apart(explained("transformer_attribution", quick, images), expected) < 1e-3
+
+
+def heads(tokens, *, keys=None, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    sizes = (tokens, keys or tokens, keys or tokens)
+    return [torch.randn(2, size, 3, 16, generator=generator).transpose(1, 2).bfloat16() for size in sizes]
+
+
+def answers(f, inputs, **settings):
+    """Return the output and the gradients of its square's sum."""
+    leaves = [one.detach().clone().requires_grad_() for one in inputs]
+    output = f(*leaves, **settings)
+    return output.detach(), *torch.autograd.grad(output.float().square().sum(), leaves)
+
+
+@pytest.mark.parametrize("settings", [{}, {"scale": 0.3}, {"dropout_p": 0.0, "is_causal": False}])
+@pytest.mark.parametrize("keys", [None, 5])
+def test_attention_that_keeps_its_weights_is_as_near_as_torchs(keys, settings):
+    q, k, v = heads(11, keys=keys)
+    Q, K, V = (one.double().requires_grad_() for one in (q, k, v))
+    weights = (Q @ K.mT * settings.get("scale", 16**-0.5)).softmax(-1)
+    output = weights @ V
+    expected = (output.detach(), *torch.autograd.grad(output.square().sum(), (Q, K, V)))
+    assert keeps(*(one.clone().requires_grad_() for one in (q, k, v)))
+    for found, right in zip(answers(attention, (q, k, v), **settings), expected, strict=True):
+        assert found.dtype == torch.bfloat16
+        assert (found - right).norm() <= 0.01 * right.norm()
+
+
+@pytest.mark.parametrize(
+    ("settings", "tokens"),
+    [
+        ({"attn_mask": torch.ones(11, 11, dtype=torch.bool).tril()}, 11),
+        ({"is_causal": True}, 11),
+        ({}, 513),
+    ],
+)
+def test_other_attention_is_torchs(settings, tokens, monkeypatch):
+    monkeypatch.setattr(Kept, "forward", None)
+    inputs = heads(tokens)
+    expected = answers(F.scaled_dot_product_attention, inputs, **settings)
+    for found, right in zip(answers(attention, inputs, **settings), expected, strict=True):
+        assert torch.equal(found, right)
+
+
+def test_without_a_gradient_or_in_float32_attention_is_torchs(monkeypatch):
+    monkeypatch.setattr(Kept, "forward", None)
+    inputs = heads(11)
+    with torch.no_grad():
+        assert torch.equal(attention(*inputs), F.scaled_dot_product_attention(*inputs))
+    wide = [one.float() for one in inputs]
+    for found, right in zip(answers(attention, wide), answers(F.scaled_dot_product_attention, wide), strict=True):
+        assert torch.equal(found, right)
+
+
+@pytest.mark.skipif(not PACKS, reason="this machine has no oneDNN")
+def test_a_transformer_in_bfloat16_keeps_its_attention_on_the_way_to_a_gradient(seeded, images, monkeypatch):
+    settings = {"img_size": SIDE, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3, "num_classes": 7}
+    network = seeded(lambda: timm.models.VisionTransformer(**settings), dtype=torch.float32)
+    plain, runs, kept = wrap(network, normalization="none"), [], Kept.forward
+    monkeypatch.setattr(Kept, "forward", lambda ctx, *args: runs.append(1) or kept(ctx, *args))
+    quick = fast(plain, precision="bf16")
+    quick(images)
+    fast(plain).gradient(images, None)
+    explained("transformer_attribution", quick, images)
+    with hooks.substituted({}):
+        quick.gradient(images, None)
+    assert runs == []
+    found = quick.gradient(images, None)
+    assert len(runs) == 3
+    assert likeness(found, plain.gradient(images, None)) > 0.99
 
 
 def test_an_exact_map_does_not_depend_on_its_batch(made, images):

@@ -7,7 +7,7 @@ call puts into the order that the matrix routines like, and 32 bits where 16 wou
 import copy
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeAlias
 
@@ -15,9 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+from torch.overrides import _get_current_function_mode_stack
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from sightline.attention import Attending
 from sightline.classifier import Classifier, read_logits
 from sightline.hooks import first, frozen
 
@@ -35,7 +37,8 @@ def fast(classifier: Classifier, *, precision: Precision = "exact") -> Classifie
       and for the way back.
     - The copy is in evaluation mode, its weights are frozen and channels-last.
     - With precision="bf16" it runs under autocast to bfloat16, but for the last linear layer; logits and explained
-      layers come out in float32. Below that, weights are as they were.
+      layers come out in float32. On the CPU, attention keeps its weights for the way back where tokens are few. Below
+      that, weights are as they were.
 
     Whatever does not give the same numbers in that run stays as it is: to 100 eps of the largest, float32 or float64.
     In float64, and on other devices than the CPU, only the norms are folded.
@@ -60,17 +63,22 @@ def fast(classifier: Classifier, *, precision: Precision = "exact") -> Classifie
     network: nn.Module = copy.deepcopy(classifier.model).eval().requires_grad_(False)
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     copied = replace(classifier, model=network)
-    for module, forward in forwards(copied):
+    new, attends = forwards(copied)
+    for module, forward in new:
         vars(module)["forward"] = forward
     if precision == "bf16":
-        vars(network)["forward"] = Lowered(network.forward)
+        vars(network)["forward"] = Lowered(network.forward, attends)
     return copied
 
 
 def watched() -> bool:
-    """Tell whether somebody calls other functions in torch's place, or writes down what is called."""
-    tracing = torch._C._get_tracing_state() is not None or torch.compiler.is_compiling()
-    return tracing or torch._C._is_torch_function_mode_enabled()
+    """Tell whether somebody else calls other functions in torch's place, or writes down what is called."""
+    if torch._C._get_tracing_state() is not None or torch.compiler.is_compiling():
+        return True
+    if not torch._C._is_torch_function_mode_enabled():
+        return False
+    modes: list[object] = _get_current_function_mode_stack()  # type: ignore[no-untyped-call]
+    return any(not isinstance(mode, Attending) for mode in modes)
 
 
 def original(module: nn.Module, x: Tensor) -> Tensor:
@@ -84,11 +92,13 @@ class Lowered:
     """A network's forward under autocast to bfloat16; as it was while functions inside are replaced."""
 
     inner: Callable[..., Any]
+    attends: bool
 
     def __call__(self, x: Tensor, /, *args: Any, **kwargs: Any) -> Any:
         if watched():
             return self.inner(x, *args, **kwargs)
-        with torch.autocast(x.device.type, torch.bfloat16):
+        attending = Attending() if self.attends else nullcontext()
+        with torch.autocast(x.device.type, torch.bfloat16), attending:
             output = self.inner(x, *args, **kwargs)
         return output.to(x.dtype) if isinstance(output, Tensor) else output
 
@@ -346,11 +356,12 @@ class Call:
 
 
 class Reads(TorchDispatchMode):
-    """Count how often torch's operations read the memory of watched tensors; entered by `with`."""
+    """Count how often torch's operations read the memory of watched tensors, and see attention; entered by `with`."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.counts: dict[int, int] = {}
+        self.attends = False
 
     def watch(self, tensor: Tensor) -> None:
         """Start to count for a tensor, which must stay alive."""
@@ -362,10 +373,14 @@ class Reads(TorchDispatchMode):
             self.counts[memory(tensor)] += 1
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.attends |= func is FUSED
         for one in tree_leaves((args, kwargs)):
             if isinstance(one, Tensor):
                 self.add(one)
         return func(*args, **(kwargs or {}))
+
+
+FUSED = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 
 
 def memory(tensor: Tensor) -> int:
@@ -373,8 +388,8 @@ def memory(tensor: Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
 
 
-def forwards(classifier: Classifier) -> list[tuple[nn.Module, Callable[[Tensor], Tensor]]]:
-    """Return the modules that can do with less, and their new forward."""
+def forwards(classifier: Classifier) -> tuple[list[tuple[nn.Module, Callable[[Tensor], Tensor]]], bool]:
+    """Return the modules that can do with less and their new forward, and whether torch's fused attention runs."""
     generator = torch.Generator().manual_seed(0)
     x = torch.rand((1, classifier.channels, *classifier.size), generator=generator).to(classifier.device)
     new: list[tuple[nn.Module, Callable[[Tensor], Tensor]]] = []
@@ -389,7 +404,7 @@ def forwards(classifier: Classifier) -> list[tuple[nn.Module, Callable[[Tensor],
                 kind = type(call.module), settings_of(call.module), call.read.shape
                 layer.packs = known[kind] = known[kind] if kind in known else agrees(layer, call)
                 new += [(call.module, layer)] if norm is None else [(call.module, layer), (norm, Passing(norm, layer))]
-    return new
+    return new, reads.attends
 
 
 def observed(network: nn.Module, x: Tensor) -> tuple[list[Call], Reads, Tensor]:
