@@ -88,9 +88,25 @@ class Decoder(nn.Module):
     def forward(self, features: Sequence[Tensor]) -> Saliency:
         """Return masks in (0, 1) of the first map's size; `features` are (b, c, i, j), each with its own c, i, j."""
         size = features[0].shape[2], features[0].shape[3]
-        H = [resize(reduce(A), size) for reduce, A in zip(self.reduce, features, strict=True)]
-        m: Tensor = self.last(torch.cat(H, 1)).sigmoid()
-        return m
+        H = [reduce(A) for reduce, A in zip(self.reduce, features, strict=True)]
+        W = torch.split(self.last.weight, [h.shape[1] for h in H], 1)
+        z = torch.stack([resize(at_each_offset(h, w), size) for h, w in zip(H, W, strict=True)]).sum(0)
+        return shifted(z, self.last.bias).sigmoid()
+
+
+def at_each_offset(h: Tensor, w: Tensor) -> Tensor:
+    """Return what each of a convolution's k x k offsets reads, (b, k k, i, j), from a map and w (1, c, k, k).
+
+    Mixing channels and resizing commute: k k channels are resized instead of c.
+    """
+    return F.conv2d(h, w[0].flatten(1).t()[:, :, None, None])
+
+
+def shifted(z: Tensor, bias: Tensor | None) -> Tensor:
+    """Return the sum of the offsets' maps, each moved to where the convolution reads it, zero outside."""
+    k = math.isqrt(z.shape[1])
+    here = torch.eye(k * k, dtype=z.dtype, device=z.device).view(1, k * k, k, k)
+    return F.conv2d(z, here, bias, padding=k // 2)
 
 
 def reduction(channels: int, width: int) -> nn.Sequential:
