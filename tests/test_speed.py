@@ -323,6 +323,25 @@ def test_other_attention_is_torchs(settings, tokens, monkeypatch):
         assert torch.equal(found, right)
 
 
+def test_attention_is_called_by_keyword_too():
+    q, k, v = heads(11)
+    expected = answers(attention, (q, k, v))
+
+    def by_name(*leaves):
+        return attention(value=leaves[2], query=leaves[0], key=leaves[1], scale=0.25)
+
+    for found, right in zip(answers(by_name, (q, k, v)), expected, strict=True):
+        assert torch.equal(found, right)
+
+
+@pytest.mark.parametrize("network", ["resnet", "vit"])
+def test_in_float64_bfloat16_folds_alone(network, made, images):
+    plain = made(network, torch.float64)[0]
+    quick, x = fast(plain, precision="bf16"), images.double()
+    assert apart(quick(x), plain(x)) < 1e-12
+    assert apart(quick.gradient(x, None), plain.gradient(x, None)) < 1e-9
+
+
 def test_without_a_gradient_or_in_float32_attention_is_torchs(monkeypatch):
     monkeypatch.setattr(Kept, "forward", None)
     inputs = heads(11)

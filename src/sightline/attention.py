@@ -23,9 +23,9 @@ class Attending(Substituted):
 
 
 def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
     attn_mask: Tensor | None = None,
     dropout_p: float = 0.0,
     is_causal: bool = False,
@@ -33,21 +33,20 @@ def attention(
     enable_gqa: bool = False,
 ) -> Tensor:
     """Return softmax(Q K^T scale) V as `F.scaled_dot_product_attention` does, by `Kept` where that is faster."""
-    if attn_mask is not None or dropout_p > 0 or is_causal or enable_gqa or not keeps(q, k, v):
+    if attn_mask is not None or dropout_p > 0 or is_causal or enable_gqa or not keeps(query, key, value):
         return F.scaled_dot_product_attention(
-            q, k, v, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
     apply: Callable[..., Tensor] = Kept.apply
-    low = (z.to(torch.bfloat16) for z in (q, k, v))
-    return apply(*low, 1 / math.sqrt(q.shape[-1]) if scale is None else scale)
+    low = (z.to(torch.bfloat16) for z in (query, key, value))
+    return apply(*low, 1 / math.sqrt(query.shape[-1]) if scale is None else scale)
 
 
 def keeps(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Tell whether a gradient comes back in bfloat16, through the same heads of one batch, with few tokens."""
     asks = torch.is_grad_enabled() and any(z.requires_grad for z in (q, k, v))
-    low = q.dtype == torch.bfloat16 or (
-        torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
-    )
+    lowered = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
+    low = q.dtype == torch.bfloat16 or (lowered and q.dtype == torch.float32)
     alike = q.ndim == 4 and q.shape[:2] == k.shape[:2] == v.shape[:2]
     return q.device.type == "cpu" and low and asks and alike and q.shape[2] * k.shape[2] <= FEW
 

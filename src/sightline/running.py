@@ -244,8 +244,9 @@ def run(
 ) -> Run:
     """Explain and score everything that a specification asks for.
 
-    Under `torchrun` each process takes its part of the pieces, and all return the same run, to the last bit; the first
-    alone draws pictures. They meet in the folder `pieces`, from which also a call goes on that was killed.
+    Under `torchrun` each process takes its part of the pieces, and all return the same run; the first alone draws
+    pictures. With as many threads in each (torch's sums depend on them, and torchrun gives a process one) it is the same
+    for any number of processes, to the last bit. They meet in the folder `pieces`, from which also a call goes on that was killed.
 
     Args:
         spec: what to do.

@@ -41,7 +41,7 @@ def fast(classifier: Classifier, *, precision: Precision = "exact") -> Classifie
       that, weights are as they were.
 
     Whatever does not give the same numbers in that run stays as it is: to 100 eps of the largest, float32 or float64.
-    In float64, and on other devices than the CPU, only the norms are folded.
+    In float64, whatever the precision asked for, and on other devices than the CPU, only the norms are folded.
 
     Names of layers stay, and so does what they mean. Who looks at a folded convolution (by a hook: `capture`, `cut`,
     `Classifier.at`), or calls other functions inside (`hooks.substituted`: guided backprop, FullGrad, excitation
@@ -50,10 +50,11 @@ def fast(classifier: Classifier, *, precision: Precision = "exact") -> Classifie
 
     *Differs* from the plain classifier by the order of sums: logits and features by 1e-6 of the largest or so. Where a
     rounding error switches a ReLU or the winner of a maximum pooling, gradients of single pixels differ by more, as
-    they do between two batch sizes. A network that takes other ways for other images than noise is folded for those
+    they do between two batch sizes. There is no second derivative. A network that takes other ways for other images than noise is folded for those
     that noise takes.
 
-    Costs two copies of the weights, three with gradients, and a few forward passes of one image.
+    Attention inside `nn.MultiheadAttention` stays torch's. Costs two copies of the weights, three with gradients, and
+    a few forward passes of one image.
 
     Raises:
         ValueError: an unknown precision.
@@ -130,7 +131,7 @@ class Prepared:
         if self.seen():
             return original(self.module, x)
         device = x.device.type
-        low = torch.is_autocast_enabled(device)
+        low = torch.is_autocast_enabled(device) and x.dtype != torch.float64
         a = x.to(torch.get_autocast_dtype(device) if low else self.module.weight.dtype)
         if not self.packs or not packable(a):
             w, b = self.made("plain", a, lambda w: w)
