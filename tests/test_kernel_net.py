@@ -39,10 +39,15 @@ def test_the_defaults_are_five_layers_of_32_channels_at_128_pixels():
     assert classifier.model.head.out_features == 10
 
 
-def test_black_is_zero_and_dead_before_training():
-    classifier = kernel_net(size=16, channels=4)
-    assert (classifier.features(torch.zeros(1, 3, 16, 16)) == 0).all()
-    assert (classifier.features(torch.ones(1, 3, 16, 16)) > 0).any()
+def test_black_is_zero_and_dead_before_training_and_without_biases_after_it():
+    for bias, dead in ((True, False), (False, True)):
+        classifier = kernel_net(size=16, channels=4, bias=bias)
+        assert (classifier.features(torch.zeros(1, 3, 16, 16)) == 0).all()
+        assert (classifier.features(torch.ones(1, 3, 16, 16)) > 0).any()
+        with torch.no_grad():
+            for parameter in classifier.model.parameters():
+                parameter += 0.1
+        assert bool((classifier.features(torch.zeros(1, 3, 16, 16)) == 0).all()) is dead
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
