@@ -59,7 +59,7 @@ class CalmConfig:
     as published (then the gradient is that of "ml"); "lagged", a copy taken every `lag` steps, so `lag` M-steps an
     E-step; or "ema", theta' <- `decay_teacher` theta' + (1 - `decay_teacher`) theta after each step. A teacher runs in
     the network's own mode, on the same batch, and draws (dropout) alike: its age is the only difference. On creatures
-    "current" gave the better maps (docs/findings.md).
+    "ml" gave the better maps over three seeds, so it is the default (docs/findings.md).
 
     Parameters that `slow` names learn at `lr`, all others at `ratio` times that; without names all of the trunk is slow
     but its last stage (`last_stage`). By "prefix" a name is that of a part of the trunk; by "substring" it may stand
@@ -78,7 +78,7 @@ class CalmConfig:
 
     epochs: int = 40
     batch: int = 64
-    objective: str = "em"
+    objective: str = "ml"
     teacher: str = "lagged"
     lag: int = 100
     decay_teacher: float = 0.99
