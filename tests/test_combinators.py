@@ -11,7 +11,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from sightline import models
 from sightline.classifier import Method, logit, probability, sigmoid, wrap
+from sightline.datasets import DATASETS
 from sightline.maps import unit
 from sightline.methods import METHODS, cam, grad_cam, gradient, hires_cam, input_x_gradient, layer_cam, score_cam
 from sightline.methods._binary_mask import binary_mask
@@ -172,42 +174,57 @@ def test_random_patch_is_the_mean_over_copies_without_some_patches(classifier, m
     )
 
 
-def slow_scores(classifier, image, by, labels):
-    """Return the largest of the classes' maps, each divided by its maximum, on the image; the peak is 1."""
-    maps = [one(by, classifier, image, label)[0] for label in labels]
-    maps = [m / m.max() if m.max() > 0 else torch.zeros_like(m) for m in maps]
+def slow_scores(classifier, image, by, classes, label):
+    """Return the largest of the classes' maps on the image, divided by its maximum."""
+    maps = [one(by, classifier, image, c)[0] for c in ([label] if classes == "label" else range(5))]
+    if classes == "each":
+        maps = [m / m.max() if m.max() > 0 else torch.zeros_like(m) for m in maps]
     most = torch.stack(maps).max(0).values
     most = F.interpolate(most[None, None], (24, 32), mode="bilinear")[0, 0]
     return (most / most.max()).clamp(min=0) if most.max() > 0 else torch.zeros_like(most)
 
 
-@pytest.mark.parametrize("classes", ["all", "label"])
+@pytest.mark.parametrize("classes", ["all", "each", "label"])
 def test_the_score_of_a_pixel_is_the_largest_of_the_classes_maps_and_1_at_the_peak(pooled, classes, x, y):
     labels, S = cam_scores(pooled, x, y, cam, classes)
     assert torch.equal(labels, y)
-    each = [range(5) if classes == "all" else [label] for label in y.tolist()]
-    close(S[:, 0], torch.stack([slow_scores(pooled, image, cam, which) for image, which in zip(x, each, strict=True)]))
+    images = zip(x, y.tolist(), strict=True)
+    close(S[:, 0], torch.stack([slow_scores(pooled, image, cam, classes, label) for image, label in images]))
     assert (S.amax((2, 3)) == 1).all()
 
 
-@pytest.mark.parametrize(
-    ("network", "by", "classes"), [("pooled", cam, "all"), ("curved", grad_cam, "all"), ("pooled", cam, "label")]
+def slow_region(scores, reduce):
+    """Return the score of a crop or patch from those of its pixels, one by one."""
+    values = [value for line in scores.tolist() for value in line]
+    return max(values) if reduce == "max" else math.fsum(values) / len(values)
+
+
+readings = pytest.mark.parametrize(
+    ("network", "by", "classes", "reduce"),
+    [
+        ("pooled", cam, "all", "mean"),
+        ("curved", grad_cam, "all", "mean"),
+        ("pooled", cam, "each", "max"),
+        ("pooled", cam, "label", "mean"),
+        ("pooled", cam, "label", "max"),
+    ],
 )
-def test_disc_patch_erases_what_the_maps_of_the_classes_show(classifier, by, classes, x, y):
-    places = tiled((24, 32), 8, "pixels")
+
+
+@readings
+@pytest.mark.parametrize(("patch", "unit"), [(8, "pixels"), (7, "pixels"), (5, "cells")])
+def test_disc_patch_erases_what_the_maps_of_the_classes_show(classifier, by, classes, reduce, patch, unit, x, y):
+    places = tiled((24, 32), patch, unit)
     generator = torch.Generator().manual_seed(5)
     draws = [torch.rand(len(places), generator=generator).tolist() for _ in range(6)]
-    scores = [
-        slow_scores(classifier, image, by, range(5) if classes == "all" else [label])
-        for image, label in zip(x, y.tolist(), strict=True)
-    ]
+    scores = [slow_scores(classifier, image, by, classes, label) for image, label in zip(x, y.tolist(), strict=True)]
     erased = []
 
     def copies(i, image):
         for draw in draws:
             copy = image.clone()
             for u, (y0, y1, x0, x1) in zip(draw, places, strict=True):
-                if u < 0.9 * scores[i][y0:y1, x0:x1].max():
+                if u < 0.9 * slow_region(scores[i][y0:y1, x0:x1], reduce):
                     copy[:, y0:y1, x0:x1] = 0
                     erased.append(i)
             yield copy
@@ -215,8 +232,17 @@ def test_disc_patch_erases_what_the_maps_of_the_classes_show(classifier, by, cla
     expected = looped(classifier, x, y, copies, gradient)
     assert {0, 1, 2} == set(erased)
     assert len(erased) < 3 * 6 * len(places)
-    made = disc_patch(gradient, samples=6, patch=8, alpha=0.9, by=by, classes=classes, seed=5)
-    close(made(classifier, x, y), expected)
+    settings = {"patch": patch, "unit": unit, "by": by, "classes": classes, "reduce": reduce}
+    close(disc_patch(gradient, samples=6, alpha=0.9, seed=5, **settings)(classifier, x, y), expected)
+
+
+@pytest.mark.parametrize("size", [(24, 32), (48, 64)])
+def test_a_patch_is_of_pixels_of_the_input_whatever_its_size(pooled, size, x, y):
+    seen = []
+    made = random_patch(lambda c, x, y=None, /: seen.append(x) or x[:, :1], samples=40, patch=8, drop=0.5)
+    made(pooled, torch.ones(1, 3, *size, dtype=x.dtype), y[:1])
+    changes = torch.cat(seen)[:, 0].diff(dim=2).ne(0).any(0).any(0).nonzero()[:, 0] + 1
+    assert changes.tolist() == [*range(8, size[1], 8)]
 
 
 # Crops
@@ -302,29 +328,24 @@ def test_the_printed_sum_prefers_the_center_and_coverage_does_not(pooled, x, y):
     assert printed[12, 16] > 2 * printed[0, 0]
 
 
-@pytest.mark.parametrize(
-    ("network", "by", "classes"), [("pooled", cam, "all"), ("curved", grad_cam, "all"), ("pooled", cam, "label")]
-)
-def test_disc_crop_takes_crops_with_the_probability_that_the_maps_leave(classifier, by, classes, x, y):
+@readings
+def test_disc_crop_takes_crops_with_the_probability_that_the_maps_leave(classifier, by, classes, reduce, x, y):
     places, draws = slow_boxes(14, (0.1, 0.6), 3)
-    scores = [
-        slow_scores(classifier, image, by, range(5) if classes == "all" else [label])
-        for image, label in zip(x, y.tolist(), strict=True)
-    ]
+    beta = 1.4 if reduce == "max" else 0.9
+    scores = [slow_scores(classifier, image, by, classes, label) for image, label in zip(x, y.tolist(), strict=True)]
     taken = set()
 
     def counts(i, n, place):
         top, left, h, w = place
-        if draws[n] >= max(0.0, 1.4 - float(scores[i][top : top + h, left : left + w].max())):
+        if draws[n] >= max(0.0, beta - slow_region(scores[i][top : top + h, left : left + w], reduce)):
             return False
         taken.add((i, n))
         return True
 
     for norm in ("coverage", "n"):
         expected = slow_crops(classifier, x, y, gradient, places, weight=sigmoid, norm=norm, counts=counts)
-        made = disc_crop(
-            gradient, samples=14, beta=1.4, scale=(0.1, 0.6), by=by, classes=classes, seed=3, norm=norm, chunk=7
-        )
+        settings = {"by": by, "classes": classes, "reduce": reduce, "norm": norm, "chunk": 7}
+        made = disc_crop(gradient, samples=14, beta=beta, scale=(0.1, 0.6), seed=3, **settings)
         close(made(classifier, x, y), expected)
     assert {i for i, _ in taken} == {0, 1, 2}
     assert len(taken) < 3 * 14
@@ -336,13 +357,48 @@ def test_disc_crop_with_a_large_beta_is_random_crop(pooled, x, y):
     assert torch.equal(everything, random_crop(gradient, **settings)(pooled, x, y))
 
 
-def test_disc_crop_never_takes_a_crop_that_holds_the_peak(pooled, x, y):
+@pytest.fixture(scope="module")
+def scenes():
+    found = DATASETS["creatures"](variant="scenes", split="test", count=6)
+    return torch.stack([found[i].image for i in range(6)]), torch.tensor([found[i].label for i in range(6)])
+
+
+def test_at_the_defaults_crops_count_in_scenes_of_creatures(scenes):
+    counted = crops_that_count(scenes, disc_crop)
+    assert min(counted) >= 3
+    assert max(counted) <= 25
+
+
+def test_by_the_largest_pixel_of_each_class_no_crop_counts_in_scenes_of_creatures(scenes):
+    assert crops_that_count(scenes, partial(disc_crop, classes="each", reduce="max")) == [0] * 6
+
+
+def crops_that_count(scenes, made):
+    """Return how many crops of each image a method is asked to explain."""
+    asked = []
+    spy = made(lambda c, x, y=None, /: asked.append(len(x)) or x[:, :1])
+    counted = []
+    for image, label in zip(*scenes, strict=True):
+        asked.clear()
+        spy(models.load("creatures"), image[None], label[None])
+        counted.append(sum(asked))
+    return counted
+
+
+def test_classes_that_the_network_hardly_sees_hardly_count_by_one_maximum(scenes):
+    classifier = models.load("creatures")
+    S = {name: cam_scores(classifier, *scenes, cam, name)[1] for name in ("all", "each", "label")}
+    assert (S["each"].mean((1, 2, 3)) > 1.15 * S["all"].mean((1, 2, 3))).all()
+    assert float(S["label"].mean()) < float(S["all"].mean())
+
+
+def test_disc_crop_by_the_largest_pixel_never_takes_a_crop_that_holds_the_peak(pooled, x, y):
     """S_cam = 1 there, so p = ReLU(beta - 1) = 0; what no crop covers is zero."""
-    settings = {"samples": 400, "scale": (0.01, 0.1), "classes": "label", "weight": None}
+    settings = {"samples": 400, "scale": (0.01, 0.1), "classes": "label", "reduce": "max", "weight": None}
     made = disc_crop(lambda c, x, y=None, /: torch.ones_like(x[:, :1]), **settings)
     covered = made(pooled, x, y)[:, 0] > 0
     for image, label, seen in zip(x, y.tolist(), covered, strict=True):
-        score = slow_scores(pooled, image, cam, [label])
+        score = slow_scores(pooled, image, cam, "label", label)
         assert not seen[score == 1].any()
         assert not seen[score >= 0.7].any()
         assert seen.any()
@@ -351,13 +407,13 @@ def test_disc_crop_never_takes_a_crop_that_holds_the_peak(pooled, x, y):
 def test_where_no_crop_counts_the_map_is_zero(pooled, x, y):
     """The printed sum over nothing; `measure` and `explain` report it as all zero."""
     for norm in ("coverage", "n"):
-        assert not disc_crop(gradient, scale=(1.0, 1.0), norm=norm)(pooled, x, y).any()
+        assert not disc_crop(gradient, scale=(1.0, 1.0), reduce="max", norm=norm)(pooled, x, y).any()
         assert not disc_crop(gradient, samples=5, beta=0.0, norm=norm)(pooled, x, y).any()
 
 
 def test_crops_that_do_not_count_cost_nothing(pooled, x, y):
     asked = []
-    made = disc_crop(lambda c, x, y=None, /: asked.append(len(x)) or x[:, :1], samples=20, scale=(1.0, 1.0))
+    made = disc_crop(lambda c, x, y=None, /: asked.append(len(x)) or x[:, :1], samples=20, beta=0.0)
     made(pooled, x, y)
     assert asked == []
 
@@ -808,6 +864,9 @@ def test_the_weights_of_the_papers_number_of_copies():
         (partial(random_crop, scale=(0.5, 1.2)), ValueError, "expected a scale"),
         (partial(random_crop, norm="N"), LookupError, "no norm called 'N'"),
         (partial(random_crop, weight=lambda z, y: z[:, 0] * 0 - 1.0), ValueError, "expected weights >= 0, got -1"),
+        (partial(disc_patch, reduce="maximum"), LookupError, "no reduction called 'maximum'"),
+        (partial(disc_crop, reduce="sum"), LookupError, "no reduction called 'sum'"),
+        (partial(disc_crop, classes="one"), LookupError, "no choice of classes called 'one'"),
         (partial(disc_crop, beta=-1.0), ValueError, "expected beta >= 0, got -1.0"),
         (partial(flip_and_scale, scales=()), ValueError, r"expected one or more scales above zero, got \(\)"),
         (partial(flip_and_scale, scales=(1.0, -0.5)), ValueError, "expected one or more scales above zero"),

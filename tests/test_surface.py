@@ -93,11 +93,11 @@ COMBINATORS = {
     "binary_mask": "(method, *, samples=50, keep=0.9, seed=0, erase='black', chunk=16)",
     "random_patch": "(method, *, samples=50, patch=16, unit='pixels', drop=0.1, seed=0, weight=None, erase='black', "
     "chunk=16)",
-    "disc_patch": "(method, *, samples=50, patch=16, unit='pixels', alpha=0.4, by=cam, classes='all', seed=0, "
-    "weight=None, erase='black', chunk=16)",
+    "disc_patch": "(method, *, samples=50, patch=16, unit='pixels', alpha=0.4, by=cam, classes='all', "
+    "reduce='mean', seed=0, weight=None, erase='black', chunk=16)",
     "random_crop": "(method, *, samples=140, scale=(0.1, 1.0), seed=0, norm='coverage', weight=sigmoid, chunk=16)",
-    "disc_crop": "(method, *, samples=50, beta=0.7, scale=(0.1, 1.0), by=cam, classes='all', seed=0, norm='coverage', "
-    "weight=sigmoid, chunk=16)",
+    "disc_crop": "(method, *, samples=50, beta=0.7, scale=(0.1, 1.0), by=cam, classes='all', reduce='mean', seed=0, "
+    "norm='coverage', weight=sigmoid, chunk=16)",
     "flip_and_scale": "(method, *, scales=(1.0, 0.5, 1.5, 2.0), flip=True, positive=False, mode='bilinear', chunk=16)",
     "over": "(method, classes, *, normalize='none', reduce='sum')",
     "contrast": "(method, against, *, normalize='none')",
@@ -310,7 +310,7 @@ FUNCTIONS = {
         "superpixel": "(image, maps, *, scale=100.0, sigma=0.5, min_size=50, renormalize=False)",
         "crf": "(image, maps, *, threshold=0.3, iterations=10, confidence=0.7, near=3.0, near_weight=3.0, far=50.0, "
         "color=5.0, far_weight=10.0)",
-        "resolve_of": "(what)",
+        "resolve_of": "(what, *, divided=True)",
         "labels_at": "(maps, classes, low, high=None)",
     },
     "hyperplanes": {"signed_distances": "(classifier, x, y=None, *, tau_cam=0.25, tau_sm=0.15)"},

@@ -1,5 +1,6 @@
 """Crops. Maruf, Daw, Dutta, Bu and Karpatne, Beyond discriminative regions, 2023 (arXiv 2308.11052)."""
 
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Literal, TypeAlias
 
@@ -12,14 +13,20 @@ from sightline.maps import by_maximum, resize
 from sightline.methods._cam import cam
 from sightline.methods._per_class import per_class
 from sightline.methods._perturbed import Chosen, Weight, called, check_counts, complete, weighting, weights
-from sightline.registry import unknown
+from sightline.registry import chosen, unknown
 from sightline.types import Images, Labels, Saliency, Score
 
 Box: TypeAlias = tuple[int, int, int, int]
 """x0 y0 x1 y1 in pixels, half-open."""
 
 Norm: TypeAlias = Literal["coverage", "n"]
-Classes: TypeAlias = Literal["all", "label"]
+Classes: TypeAlias = Literal["all", "each", "label"]
+"""Whose maps say what is discriminative: all classes by one measure, each by its own, or the explained one alone."""
+
+Reduce: TypeAlias = Literal["mean", "max"]
+
+REDUCTIONS: Mapping[str, Callable[[Tensor, int], Tensor]] = {"mean": torch.mean, "max": torch.amax}
+"""How the pixels of a crop or patch make one score."""
 
 
 def random_crop(
@@ -70,6 +77,7 @@ def disc_crop(
     scale: tuple[float, float] = (0.1, 1.0),
     by: Chosen = cam,
     classes: Classes = "all",
+    reduce: Reduce = "mean",
     seed: int = 0,
     norm: Norm = "coverage",
     weight: Weight = sigmoid,
@@ -77,14 +85,23 @@ def disc_crop(
 ) -> Method:
     """Return the method averaged over random crops, the least discriminative ones above all.
 
-    The crops of `random_crop`, each of which counts with probability p = ReLU(beta - S_cam) (appendix D.2): S_cam in
-    [0, 1] is the largest value in the crop of the maps of all classes, each divided by its maximum. These are maps of
-    the method `by` on the clean image: one forward for CAM; where CAM is not defined, give `by=grad_cam`, a map a
-    class. `classes` = "label" looks at the explained class alone. Crops that do not count cost nothing.
+    The crops of `random_crop`, each of which counts with probability p = ReLU(beta - S_cam) (appendix D.2), where
 
-    A crop that holds the peak of any of the maps has S_cam = 1 and never counts with `beta` <= 1; with many classes on
-    a coarse grid that may be every crop. The sum over no crop is zero, and so is then the map: evaluations report it
-    as `all zero`. Smaller or more crops, or `classes` = "label", help.
+        S(p) = max_c ReLU(M_c(p)) / max_c,q M_c(q)        S_cam = mean of S(p) over the pixels p of the crop
+
+    are in [0, 1]. M_c are the maps of all classes on the clean image by the method `by`: one forward for CAM; where CAM
+    is not defined, give `by=grad_cam`, a map a class. S is enlarged to the input (bilinear), its peak is 1 again.
+    `classes` = "each" divides each class's map by its own maximum first (eq 1), "label" looks at the explained class
+    alone; `reduce` = "max" takes the crop's largest pixel. Crops that do not count cost nothing.
+
+    Where no crop of an image counts, its map is zero everywhere (the sum over none), which evaluations list as
+    degenerate: with few samples, a small `beta`, or `reduce` = "max", by which a crop that holds the peak never counts.
+
+    *Differs:* the paper calls S_cam "the maximum CAM score across all the C classes in the patch" and leaves open what
+    the score of a patch is. If it were the largest pixel, a crop would have to miss every peak: in scenes of creatures
+    none does with each of 20 classes divided by its own maximum, and one in fifteen for the explained class alone. So
+    the maximum is over classes, the score the mean over the crop; and one maximum for all classes keeps those that the
+    network does not see from counting as much as those it does.
 
     Raises:
         ValueError: as `random_crop`; `beta` below zero, or a network without CAM (when called).
@@ -98,6 +115,7 @@ def disc_crop(
         scale=scale,
         by=complete(by),
         classes=classes,
+        reduce=reduce,
         seed=seed,
         norm=norm,
         weight=weighting(weight),
@@ -142,6 +160,7 @@ def disc_cropped(
     scale: tuple[float, float],
     by: Method,
     classes: Classes,
+    reduce: Reduce,
     seed: int,
     norm: Norm,
     weight: Score | None,
@@ -152,10 +171,12 @@ def disc_cropped(
     check_norm(norm)
     if beta < 0:
         raise ValueError(f"expected beta >= 0, got {beta}; no crop counts with less")
+    over = chosen(reduce, REDUCTIONS, "reduction")
     y, S = cam_scores(classifier, x, y, by, classes)
     x, generator = x.detach(), torch.Generator().manual_seed(seed)
     crops = boxes(x, samples, scale, generator)
-    p = torch.stack([(beta - S[:, 0, y0:y1, x0:x1].amax((1, 2))).relu() for x0, y0, x1, y1 in crops])
+    S_cam = torch.stack([over(S[:, 0, y0:y1, x0:x1].flatten(1), 1) for x0, y0, x1, y1 in crops])
+    p = (beta - S_cam).relu()
     u = torch.rand((samples, 1), generator=generator, dtype=torch.float32).to(p.device)
     return assembled(classifier, x, y, crops, u < p, method=method, norm=norm, weight=weight, chunk=chunk)
 
@@ -163,18 +184,19 @@ def disc_cropped(
 def cam_scores(
     classifier: Classifier, x: Images, y: Labels | None, by: Method, classes: Classes
 ) -> tuple[Labels, Saliency]:
-    """Return the labels, and at each pixel the largest of the classes' maps in [0, 1], each divided by its maximum.
+    """Return the labels, and at each pixel the largest of the classes' maps, divided by its maximum, in [0, 1].
 
     Raises:
         LookupError: an unknown choice of classes.
     """
-    if classes not in ("all", "label"):
-        raise LookupError(unknown(classes, ("all", "label"), "choice of classes"))
+    if classes not in ("all", "each", "label"):
+        raise LookupError(unknown(classes, ("all", "each", "label"), "choice of classes"))
     with torch.no_grad():
         logits = classifier(x)
     y = check_labels(logits, y)
     each = torch.arange(logits.shape[1], device=y.device).expand(len(y), -1)
-    S = by_maximum(per_class(by)(classifier, x, y[:, None] if classes == "label" else each)).amax(1, keepdim=True)
+    M = per_class(by)(classifier, x, y[:, None] if classes == "label" else each)
+    S = (by_maximum(M) if classes == "each" else M).amax(1, keepdim=True)
     return y, by_maximum(resize(S, (x.shape[2], x.shape[3]))).relu()
 
 

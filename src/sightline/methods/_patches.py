@@ -5,13 +5,13 @@ from functools import partial
 from typing import Literal, TypeAlias
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from sightline.classifier import Classifier, Method
 from sightline.erase import Eraser, mix, resolve
 from sightline.methods._cam import cam
-from sightline.methods._crops import Classes, cam_scores
+from sightline.methods._crops import REDUCTIONS, Classes, Reduce, cam_scores
 from sightline.methods._perturbed import (
     Chosen,
     Weight,
@@ -22,7 +22,7 @@ from sightline.methods._perturbed import (
     maps_of,
     weighting,
 )
-from sightline.registry import unknown
+from sightline.registry import chosen, unknown
 from sightline.types import Images, Labels, Saliency, Score
 
 Unit: TypeAlias = Literal["pixels", "cells"]
@@ -42,10 +42,14 @@ def random_patch(
 ) -> Method:
     """Return the method averaged over copies of the image that miss random patches.
 
-    S = 1/n sum_i w_i M(x * m_i): each patch of the image is erased with probability `drop` (appendix D.2). A patch is
-    `patch` pixels a side, or with `unit` = "cells" one of `patch` x `patch` cells; the paper says "16 x 16 grid-wise
-    patches". w_i = 1, or the copy's `weight`, a score. The method's grid; `drop` = 0 gives the method's own map. The
-    class is that of the clean image. Costs 1 forward and a map a copy, `chunk` images (at least the batch) at a time.
+    S = 1/n sum_i w_i M(x * m_i): each patch of the image is erased with probability `drop` (appendix D.2). w_i = 1, or
+    the copy's `weight`, a score. The method's grid; `drop` = 0 gives the method's own map. The class is that of the
+    clean image. Costs 1 forward and a map a copy, `chunk` images (at least the batch) at a time.
+
+    A patch is `patch` pixels of the input a side, whatever its size: the paper's images are VOC's, about 500 pixels a
+    side, where 16 is 1/32; for the same share give 7 at 224 pixels and 2 at 64. The last row and column may be
+    narrower. `unit` = "cells" instead divides the image into `patch` x `patch` patches, at any size; the paper's "16 x
+    16 grid-wise patches" can mean either.
 
     Raises:
         ValueError: fewer than one sample or image at a time, `drop` outside [0, 1], a patch that does not fit, or
@@ -75,6 +79,7 @@ def disc_patch(
     alpha: float = 0.4,
     by: Chosen = cam,
     classes: Classes = "all",
+    reduce: Reduce = "mean",
     seed: int = 0,
     weight: Weight = None,
     erase: Eraser = "black",
@@ -82,10 +87,12 @@ def disc_patch(
 ) -> Method:
     """Return the method averaged over copies of the image that miss patches, the discriminative ones above all.
 
-    As `random_patch`, but a patch is erased with probability p = alpha S_cam (appendix D.2), S_cam in [0, 1] the
-    largest value in the patch of the maps of all classes, each divided by its maximum. These are maps of the method
-    `by` on the clean image: one forward for CAM; where CAM is not defined, give `by=grad_cam`, a map a class.
-    `classes` = "label" looks at the explained class alone. `alpha` = 0 gives the method's own map.
+    As `random_patch`, but a patch is erased with probability p = alpha S_cam (appendix D.2). S_cam in [0, 1] is the
+    score of a patch as `disc_crop` has it for a crop, with the same choices: the mean over the patch's pixels of the
+    largest of all classes' maps, divided by one maximum. `alpha` = 0 gives the method's own map.
+
+    *Differs:* as `disc_crop`. With each class divided by its own maximum, and the largest pixel taken, nearly every
+    patch would be erased with a probability near `alpha`.
 
     Raises:
         ValueError: as `random_patch`; `alpha` outside [0, 1], or a network without CAM (when called).
@@ -100,6 +107,7 @@ def disc_patch(
         alpha=alpha,
         by=complete(by),
         classes=classes,
+        reduce=reduce,
         seed=seed,
         weight=weighting(weight),
         erase=erase,
@@ -130,9 +138,9 @@ def patched(
         raise ValueError(f"expected drop in [0, 1], the probability of a patch to be erased, got {drop}")
     filling = resolve(erase, classifier.mean)
     y, x = classifier.labels(x, y), x.detach()
-    tiles = numbered(x, patch, unit)
-    p = torch.full_like(largest(x[:1, :1], tiles), drop)
-    copies = (mix(x, mask, filling) for mask in masks(x, p, tiles, samples, seed))
+    heights, widths = sides(x, patch, unit)
+    p = torch.full((1, len(heights), len(widths)), drop, device=x.device)
+    copies = (mix(x, mask, filling) for mask in masks(x, p, heights, widths, samples=samples, seed=seed))
     return average(maps_of(method, classifier, y, copies, chunk, weight))
 
 
@@ -150,6 +158,7 @@ def disc_patched(
     alpha: float,
     by: Method,
     classes: Classes,
+    reduce: Reduce,
     seed: int,
     weight: Score | None,
     erase: Eraser,
@@ -160,15 +169,17 @@ def disc_patched(
     if not 0 <= alpha <= 1:
         raise ValueError(f"expected alpha in [0, 1], the probability of the most discriminative patch, got {alpha}")
     filling = resolve(erase, classifier.mean)
+    over, (heights, widths) = chosen(reduce, REDUCTIONS, "reduction"), sides(x, patch, unit)
     y, S = cam_scores(classifier, x, y, by, classes)
-    x, tiles = x.detach(), numbered(x, patch, unit)
-    p = alpha * largest(S, tiles)
-    copies = (mix(x, mask, filling) for mask in masks(x, p, tiles, samples, seed))
+    x = x.detach()
+    rows = torch.stack([over(band, 1) for band in torch.split(S[:, 0], heights, 1)], 1)
+    p = alpha * torch.stack([over(band, 2) for band in torch.split(rows, widths, 2)], 2)
+    copies = (mix(x, mask, filling) for mask in masks(x, p, heights, widths, samples=samples, seed=seed))
     return average(maps_of(method, classifier, y, copies, chunk, weight))
 
 
-def numbered(x: Images, patch: int, unit: Unit) -> Int[Tensor, "h w"]:
-    """Return the number of each pixel's patch, row by row.
+def sides(x: Images, patch: int, unit: Unit) -> tuple[list[int], list[int]]:
+    """Return the patches' heights, row by row, and their widths, column by column.
 
     Raises:
         ValueError: a patch below one pixel, or more cells than pixels.
@@ -179,20 +190,17 @@ def numbered(x: Images, patch: int, unit: Unit) -> Int[Tensor, "h w"]:
     h, w = x.shape[2:]
     if patch < 1 or (unit == "cells" and patch > min(h, w)):
         raise ValueError(f"expected patches of at least one pixel, got patch={patch} {unit} for {h} x {w} images")
-    rows, columns = (torch.arange(n, device=x.device) for n in (h, w))
-    rows, columns = (rows // patch, columns // patch) if unit == "pixels" else (rows * patch // h, columns * patch // w)
-    return rows[:, None] * (1 + columns[-1]) + columns
+    rows, columns = (torch.arange(n) // patch if unit == "pixels" else torch.arange(n) * patch // n for n in (h, w))
+    return rows.bincount().tolist(), columns.bincount().tolist()
 
 
-def largest(S: Saliency, tiles: Int[Tensor, "h w"]) -> Float[Tensor, "b n"]:
-    """Return each map's maximum in each patch."""
-    found = S.new_full((len(S), 1 + int(tiles[-1, -1])), -torch.inf)
-    return found.scatter_reduce(1, tiles.flatten().expand(len(S), -1), S.flatten(1), "amax")
-
-
-def masks(x: Images, p: Float[Tensor, "_ n"], tiles: Int[Tensor, "h w"], samples: int, seed: int) -> Iterator[Saliency]:
+def masks(
+    x: Images, p: Float[Tensor, "_ r c"], heights: list[int], widths: list[int], *, samples: int, seed: int
+) -> Iterator[Saliency]:
     """Yield masks that are 0 in each patch with probability p, from the same draws for every image of a batch."""
     generator = torch.Generator().manual_seed(seed)
+    down, across = (torch.tensor(lengths, device=p.device) for lengths in (heights, widths))
     for _ in range(samples):
         u = torch.rand(p.shape[1:], generator=generator, dtype=torch.float32).to(p.device)
-        yield (u >= p).to(x.dtype)[:, tiles][:, None].expand(len(x), -1, -1, -1)
+        kept = (u >= p).to(x.dtype).repeat_interleave(down, 1).repeat_interleave(across, 2)
+        yield kept[:, None].expand(len(x), -1, -1, -1)
