@@ -317,7 +317,7 @@ def test_it_is_saved_and_loaded(tmp_path):
     path = models.save(
         replace(made, classes=("a", "b", "c")),
         tmp_path / "calm.safetensors",
-        model=Choice("python:sightline.explainers._calm:calm", settings),
+        model=Choice("calm", settings),
     )
     loaded = models.load(str(path))
     x = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))

@@ -13,11 +13,17 @@ from safetensors.torch import save_file
 from torch import nn
 
 from sightline import models
+from sightline.explainers import Casm, load_casm, save_casm
+from sightline.learning import CLAIM, LEARNERS, claim
+from sightline.methods import METHODS
 from sightline.models import FORMS
-from sightline.models._files import checksums
+from sightline.models._files import checksums, meanings
 from sightline.models._hub import answers, prompt
 from sightline.models._huggingface import normalization_of
-from sightline.runs import Choice
+from sightline.recipes import Recipe
+from sightline.running import finished, run
+from sightline.runs import Choice, Spec
+from sightline.settings import method_of
 
 SMALL = "torchvision:shufflenet_v2_x0_5?weights=none&num_classes=3&seed=2&size=64"
 
@@ -179,21 +185,132 @@ def ready():
 
 
 @pytest.mark.parametrize("factory", ["net?width=4", "ready"])
-def test_a_manifest_may_name_code_of_one_s_own(factory, tmp_path, monkeypatch):
+def test_a_manifest_may_name_code_of_one_s_own_where_the_user_says_so(factory, tmp_path, monkeypatch):
     (tmp_path / "mine_by_name.py").write_text(FACTORY)
+    sys.modules.pop("mine_by_name", None)
     monkeypatch.chdir(tmp_path)
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
     said = {"model": f"python:mine_by_name:{factory}", "normalization": "imagenet", "size": 40, "classes": ["a", "b"]}
-    loaded = models.load(str(written(tmp_path, network.state_dict(), **said)))
+    path = written(tmp_path, network.state_dict(), **said)
+    with pytest.raises(ValueError, match=r"net\.pth names python:mine_by_name:\w+, which would run code of whoever"):
+        models.load(str(path))
+    assert "mine_by_name" not in sys.modules
+    loaded = models.load(f"{path}?code=run")
     assert torch.equal(loaded.model[4].weight, network[4].weight)
     assert (loaded.mean[0], loaded.size, loaded.classes) == (0.485, (40, 40), ("a", "b"))
     del said["normalization"]
     path = written(tmp_path, network.state_dict(), **said)
     if factory == "ready":
-        assert models.load(str(path)).mean == (0.0,)
+        assert models.load(f"{path}?code=run").mean == (0.0,)
     else:
         with pytest.raises(ValueError, match="how does Sequential want its images normalized"):
-            models.load(str(path))
+            models.load(f"{path}?code=run")
+
+
+@pytest.fixture
+def trap(tmp_path, monkeypatch):
+    """Code that leaves a mark when it is run."""
+    (tmp_path / "trap_by_name.py").write_text("from pathlib import Path\nPath('sprung').touch()\nnet = print\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "trap_by_name", raising=False)
+    return tmp_path / "sprung"
+
+
+TRAPS = [
+    "python:trap_by_name:net",
+    {"name": "python:trap_by_name:net", "sep": " "},
+    "calm?backbone=python:trap_by_name:net",
+    {"name": "calm", "backbone": {"name": "python:trap_by_name:net"}},
+    'calm?backbone={name = "\\u0070ython:trap_by_name:net"}',
+    "mini_seg?weights=inner.pth?code=run",
+    {"name": "calm", "backbone": "inner.pth"},
+    {"name": "calm", "backbone": "inner.pth?code=run"},
+    {"name": "hf:./folder", "trust_remote_code": True},
+]
+
+
+@pytest.mark.parametrize("model", TRAPS, ids=range(len(TRAPS)))
+def test_code_in_a_manifest_is_refused_wherever_it_stands(model, trap, tmp_path):
+    if "hf:" in str(model):
+        transformers()
+    inner = written(tmp_path, {}, model="python:trap_by_name:net", normalization="none")
+    for suffix in (".pth", ".json"):
+        inner.with_suffix(suffix).rename(tmp_path / f"inner{suffix}")
+    path = written(tmp_path, {}, model=model)
+    told = "would run code of whoever wrote it; if you trust that code, allow it: |does not fit"
+    with pytest.raises(ValueError, match=told) as caught:
+        models.load(str(path))
+    assert not trap.exists()
+    assert "\n" not in str(caught.value)
+    if "mini_seg" not in str(model):  # whose weights are those of the file: nobody reads the other one
+        assert "does not fit" not in str(caught.value)
+
+
+def test_code_in_a_file_that_another_names_is_run_where_both_are_allowed_it(trap, tmp_path):
+    inner = written(tmp_path, {}, model="python:trap_by_name:net")
+    for suffix in (".pth", ".json"):
+        inner.with_suffix(suffix).rename(tmp_path / f"inner{suffix}")
+    path = written(tmp_path, {}, model={"name": "calm", "backbone": "inner.pth"})
+    with pytest.raises(ValueError, match=r"allow it: inner\.pth\?code=run$"):
+        models.load(f"{path}?code=run")
+    assert not trap.exists()
+    written(tmp_path, {}, model={"name": "calm", "backbone": "inner.pth?code=run"})
+    with pytest.raises(TypeError, match="python:trap_by_name:net gave NoneType"):
+        models.load(f"{path}?code=run")
+    assert trap.exists()
+
+
+def test_the_word_for_it_is_one(tmp_path):
+    path = written(tmp_path, {}, model="mini_vgg")
+    for load in (models.load, load_casm, lambda text: method_of(Choice.parse(text))):
+        with pytest.raises(LookupError, match=r"code: no choice called 'yes'; known: refuse, run"):
+            load(f"{path.with_suffix('.safetensors')}?code=yes")
+
+
+def test_code_in_the_manifest_of_a_casm_is_refused_too(trap, tmp_path):
+    encoder = models.load("mini_resnet?classes=3&size=32&widths=[4,4,4,8]")
+    path = save_casm(Casm(encoder, width=4), tmp_path / "m.safetensors", encoder=Choice("python:trap_by_name:net"))
+    x = torch.rand(1, 3, 32, 32)
+    for text in (str(path), f"casm?weights={path}"):
+        with pytest.raises(
+            ValueError, match=r"m\.safetensors names python:trap_by_name:net, .*m\.safetensors\?code=run"
+        ):
+            method_of(Choice.parse(text))(encoder, x)
+    assert not trap.exists()
+    with pytest.raises(TypeError, match="python:trap_by_name:net gave NoneType"):
+        method_of(Choice.parse(f"{path}?code=run"))(encoder, x)
+    assert trap.exists()
+
+
+def test_a_casm_of_code_of_one_s_own_is_used_where_the_user_says_so(tmp_path, monkeypatch):
+    made = "from sightline import models\n\ndef net():\n    return models.load('mini_resnet?classes=3&size=32')\n"
+    (tmp_path / "encoder_by_name.py").write_text(made)
+    monkeypatch.chdir(tmp_path)
+    mapping = Casm(models.load("mini_resnet?classes=3&size=32"), width=4).eval()
+    save_casm(mapping, tmp_path / "m.safetensors", encoder=Choice("python:encoder_by_name:net"))
+    x = torch.rand(1, 3, 32, 32)
+    for text in ("m.safetensors?code=run", "casm?weights=m.safetensors?code=run"):
+        assert torch.equal(method_of(Choice.parse(text))(mapping.classifier, x), mapping(mapping.classifier, x))
+
+
+def test_what_a_training_has_written_of_one_s_own_code_is_judged_by_it(tmp_path, monkeypatch):
+    made = "from sightline import models\n\ndef net():\n    return models.load('mini_vgg?classes=3&size=32')\n"
+    (tmp_path / "trained_by_name.py").write_text(made)
+    monkeypatch.chdir(tmp_path)
+    recipe = Recipe(Choice("creatures"), Choice("python:trained_by_name:net"))
+    loaded = models.load(recipe.model)
+    path = models.save(loaded, tmp_path / "net.safetensors", model=recipe.model)
+    for kind in ("classifier", "calm", "segmenter"):
+        assert same(LEARNERS[kind].judged(path, recipe)[1], loaded, 32)
+    path = save_casm(Casm(loaded, width=4), tmp_path / "m.safetensors", encoder=recipe.model)
+    assert isinstance(LEARNERS["casm"].judged(path, recipe)[0], Casm)
+
+
+def test_a_manifest_that_leads_back_to_its_file_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    written(tmp_path, {}, model={"name": "calm", "backbone": "./net.pth"})
+    with pytest.raises(ValueError, match=r"the manifest of .*net\.pth names a network that is built from .* itself"):
+        models.load("net.pth")
 
 
 @pytest.mark.parametrize(
@@ -205,6 +322,37 @@ def test_a_manifest_may_name_code_of_one_s_own(factory, tmp_path, monkeypatch):
         ({"layer": "stage9"}, LookupError, "no layer called 'stage9'; did you mean stage"),
         ({"normalization": "imagnet"}, ValueError, "no normalization called 'imagnet'"),
         ({"model": "torchvision:shufflenet"}, LookupError, "no torchvision model called 'shufflenet'; did you mean"),
+        ({"model": 3}, TypeError, r"net\.json: model: expected str or a table, got 3"),
+        ({"model": {"num_classes": 3}}, ValueError, r"net\.json: model: expected a table with a name"),
+        (
+            {"model": "net.pth"},
+            ValueError,
+            r"net\.json: model: expected the network of .*, got 'net\.pth'",
+        ),
+        ({"model": "net.pt?layer=a"}, ValueError, r"net\.json: model: expected the network .*, got 'net\.pt'"),
+        ({"layer": 3}, TypeError, r"net\.json: layer: expected str, got 3"),
+        ({"layer": None}, TypeError, r"net\.json: layer: expected str, got None"),
+        ({"mean": [0.5]}, ValueError, r"net\.json: mean says nothing alone; write both mean and std, or normalization"),
+        ({"std": [0.5]}, ValueError, r"net\.json: std says nothing alone"),
+        ({"mean": [0.5], "std": [1], "normalization": "none"}, ValueError, r"net\.json: says normalization and also"),
+        ({"mean": "abc", "std": [0.5]}, TypeError, r"net\.json: mean: expected a list, got 'abc'"),
+        ({"mean": ["a"], "std": [0.5]}, ValueError, r"net\.json: mean and std: expected two lists, .*, got \[\['a'\]"),
+        ({"mean": [0.5], "std": [0]}, ValueError, r"net\.json: mean and std: expected two lists, means and positive"),
+        ({"mean": [0.5], "std": [1, 1, 1]}, ValueError, r"net\.json: mean and std: expected two lists"),
+        ({"mean": [float("nan")], "std": [1]}, ValueError, r"net\.json: mean and std: expected two lists"),
+        ({"mean": [], "std": []}, ValueError, r"net\.json: mean and std: expected two lists"),
+        ({"normalization": [[0.5]]}, ValueError, r"net\.json: normalization: expected two lists"),
+        ({"normalization": [0.5, 0.5]}, ValueError, r"net\.json: normalization: expected two lists"),
+        ({"size": "224"}, TypeError, r"net\.json: size: expected int or a list, got '224'"),
+        ({"size": "64"}, TypeError, r"net\.json: size: expected int or a list, got '64'"),
+        ({"size": True}, TypeError, r"net\.json: size: expected int or a list, got True"),
+        ({"size": -4}, ValueError, r"net\.json: size: expected a side or \[height, width\] in pixels, got -4"),
+        ({"size": [1, 2, 3]}, ValueError, r"net\.json: size: expected a side or .*, got \[1, 2, 3\]"),
+        ({"size": [64, 0]}, ValueError, r"net\.json: size: expected a side or .*, got \[64, 0\]"),
+        ({"size": [64.5, 64]}, ValueError, r"net\.json: size: expected a side or .*, got \[64.5, 64\]"),
+        ({"classes": "abc"}, TypeError, r"net\.json: classes: expected a list, got 'abc'"),
+        ({"classes": ["a", 2, "c"]}, ValueError, r"net\.json: classes: expected a list of names, got 2 among them"),
+        ({"floats": "double"}, LookupError, r"net\.json: floats: no choice called 'double'; known: as stored"),
     ],
 )
 def test_a_manifest_that_is_wrong_says_where(said, error, told, state, tmp_path):
@@ -236,6 +384,184 @@ def test_checksums_are_of_the_manifest_or_of_the_file_wherever_it_is_named(state
     assert checksums(f"{path}?layer=a") == {str(path): "7"}
     path.unlink()
     assert checksums(["resnet18", str(path), 3, None]) == {}
+
+
+def test_a_meaning_is_what_the_manifest_says_of_the_network(state, tmp_path):
+    said = {"model": "mini_vgg", "normalization": "none", "size": 64, "layer": "a", "classes": ["b"]}
+    path = written(tmp_path, state[1], **said)
+    (before,) = meanings({"model": [f"{path}?layer=a"]}).values()
+    for more in ({}, {"extra": {"test": 3}}, {"provenance": {}, "sha256": "7"}):
+        turned = dict(reversed({**said, **more}.items()))
+        assert meanings(str(written(tmp_path, state[1], **turned))) == {str(path): before}
+    for other in ({"model": "mini_vit"}, {"normalization": "imagenet"}, {"size": 65}, {"layer": "b"}, {"classes": []}):
+        assert meanings(str(written(tmp_path, state[1], **{**said, **other}))) != {str(path): before}
+    path.with_suffix(".json").unlink()
+    assert meanings([str(path), "mini_vgg", 3]) == {}
+
+
+def test_a_run_is_finished_as_long_as_the_manifest_says_the_same(tmp_path):
+    tensors = models.load("mini_vgg?classes=20").model.state_dict()
+    path = written(tmp_path, tensors, model="mini_vgg?classes=20", normalization="none")
+    asked = Spec.of({"model": str(path), "data": "creatures?count=1", "method": "edge", "metrics": ["average_drop"]})
+    kept = run(asked).write(tmp_path / "run.json")
+    assert finished(asked, kept) is not None
+    written(tmp_path, tensors, model="mini_vgg?classes=20", normalization="none", extra={"test": 0.5})
+    assert finished(asked, kept) is not None
+    written(tmp_path, tensors, model="mini_vgg?classes=20", normalization="imagenet")
+    assert finished(asked, kept) is None
+    older = json.loads(kept.read_text())
+    del older["arguments"]["manifests"]
+    kept.write_text(json.dumps(older))
+    assert finished(asked, kept) is not None
+    written(tmp_path, models.load("mini_vgg?classes=20&seed=1").model.state_dict(), model="mini_vgg?classes=20")
+    assert finished(asked, kept) is None
+
+
+def test_a_training_goes_on_as_long_as_the_manifest_it_starts_from_says_the_same(state, tmp_path):
+    path = written(tmp_path, state[1], model="mini_vgg", normalization="none")
+    recipe, out = Recipe(Choice("creatures"), Choice(str(path))), tmp_path / "out"
+    claim("calm", recipe, out)
+    (out / "checkpoint.pt").touch()
+    written(tmp_path, state[1], model="mini_vgg", normalization="none", extra={"test": 0.5})
+    claim("calm", recipe, out)
+    written(tmp_path, state[1], model="mini_vgg", normalization="imagenet")
+    with pytest.raises(ValueError, match=r"belongs to another training: manifests was .* and is .*; delete"):
+        claim("calm", recipe, out)
+    older = json.loads((out / CLAIM).read_text())
+    del older["manifests"]
+    (out / CLAIM).write_text(json.dumps(older))
+    claim("calm", recipe, out)
+    with pytest.raises(ValueError, match="kind was calm and is casm; delete it"):
+        claim("casm", recipe, out)
+
+
+# what a file is -------------------------------------------------------------------------------------------------------
+
+
+CREATURES = models.EMBEDDED
+CASM = CREATURES.with_name("creatures-casm.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("read", "file", "told"),
+    [
+        ("method", CREATURES, "no manifest of a method: it is that of a classifier; use it as --model FILE"),
+        (
+            "method",
+            models.EMBEDDED_CALM,
+            "a method: it is that of a CALM network; use it as --model FILE --method calm_attribution",
+        ),
+        ("model", CASM, "no manifest of a classifier: it is that of a CASM mask; use it as --method FILE"),
+        ("recipe", CASM, "no manifest of a classifier: it is that of a CASM mask; use it as --method FILE"),
+        ("casm", CREATURES, "a CASM mapping: it is that of a classifier; use it as --model FILE"),
+    ],
+)
+def test_a_file_of_another_kind_is_told_by_its_manifest(read, file, told):
+    reader = {
+        "method": lambda path: method_of(Choice(str(path))),
+        "model": lambda path: models.load(str(path)),
+        "recipe": lambda path: models.recipe(str(path)),
+        "casm": load_casm,
+    }[read]
+    with pytest.raises(ValueError, match="is no manifest of") as caught:
+        reader(file)
+    assert str(caught.value).endswith(told.replace("FILE", str(file)))
+
+
+@pytest.mark.parametrize(
+    ("model", "method"),
+    [("mini_seg?classes=3", "segmenter"), ({"name": "lraspp"}, "segmenter"), ("python:mine:net", "segmenter")],
+)
+def test_a_file_that_may_hold_a_segmenter_is_one_s_method(model, method, tmp_path):
+    path = written(tmp_path, {}, suffix=".safetensors", model=model)
+    for code in ("", "?code=run"):
+        assert method_of(Choice.parse(f"{path}{code}")).keywords == {"weights": f"{path}{code}"}
+        assert method_of(Choice.parse(f"{path}{code}")).func is METHODS[method].method
+
+
+@pytest.mark.parametrize("model", ["torchvision:resnet18?num_classes=2", "timm:resnet18", "hf:a/b", "mini_resnet"])
+def test_a_classifier_of_any_library_is_no_method(model, tmp_path):
+    path = written(tmp_path, {}, suffix=".safetensors", model=model)
+    with pytest.raises(ValueError, match=r"it is that of a classifier; use it as --model .*net\.safetensors$"):
+        method_of(Choice(str(path)))
+
+
+# python ---------------------------------------------------------------------------------------------------------------
+
+
+MINE = """
+from torch import nn
+
+number = 3
+net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
+
+def bad(width=1):
+    raise RuntimeError("no\\nway")
+
+def good(width=1):
+    return net
+
+def key():
+    return {}["a"]
+
+def missing():
+    raise LookupError("said as it is")
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "told"),
+    [
+        ("number", TypeError, r"is of kind int; expected a network, or a function that gives one$"),
+        ("net?width=3", TypeError, r"is a network already and takes no width$"),
+        ("net?width=3&depth=2&size=8", TypeError, r"is a network already and takes no width and no depth$"),
+        ("bad", ValueError, r"failed in .*mine_that_fails\.py, line 8: RuntimeError: no$"),
+        ("key", ValueError, r"failed in .*mine_that_fails\.py, line 14: KeyError: 'a'$"),
+        ("good?widht=3", ValueError, r"failed: TypeError: good\(\) got an unexpected keyword argument 'widht'.*$"),
+    ],
+)
+def test_what_is_wrong_with_a_reference_is_said_in_a_line_with_its_name(name, error, told, tmp_path, monkeypatch):
+    (tmp_path / "mine_that_fails.py").write_text(MINE)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(error, match=f"^python:mine_that_fails:{name.partition('?')[0]} {told}") as caught:
+        models.load(f"python:mine_that_fails:{name}")
+    assert "\n" not in str(caught.value)
+
+
+def test_what_a_function_says_of_a_name_and_a_module_that_fails(tmp_path, monkeypatch):
+    (tmp_path / "mine_that_fails.py").write_text(MINE)
+    (tmp_path / "broken_by_name.py").write_text("import json\n\njson.loads('{')\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(LookupError, match=r"^said as it is$"):
+        models.load("python:mine_that_fails:missing")
+    with pytest.raises(ValueError, match=r"^python:broken_by_name:net failed in .*broken_by_name\.py, line 3: JSON"):
+        models.load("python:broken_by_name:net")
+
+
+# bits -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("precision", [torch.float64, torch.bfloat16, torch.float16, torch.float32])
+def test_floats_come_back_with_as_many_bits_as_they_were_saved_with(precision, tmp_path):
+    made = models.load("mini_vgg?classes=3&size=32")
+    made.model.to(precision)
+    model = Choice("mini_vgg", {"classes": 3, "size": 32})
+    path = models.save(made, tmp_path / "net.safetensors", model=model)
+    assert ("floats" in json.loads(path.with_suffix(".json").read_text())) == (precision != torch.float32)
+    loaded = models.load(str(path)).model.state_dict()
+    for name, value in made.model.state_dict().items():
+        assert loaded[name].dtype == value.dtype, name
+        assert torch.equal(loaded[name], value)
+    half = models.load(str(models.save(made, tmp_path / "half.safetensors", model=model, half=True)))
+    assert {value.dtype for value in half.model.parameters()} == {torch.float32}
+
+
+def test_floats_of_several_kinds_come_back_as_they_were(tmp_path):
+    made = models.load("mini_vgg?classes=3&size=32")
+    made.model.head.double()
+    path = models.save(made, tmp_path / "net.safetensors", model=Choice("mini_vgg", {"classes": 3, "size": 32}))
+    loaded, own = (one.state_dict() for one in (models.load(str(path)).model, made.model))
+    assert {name: value.dtype for name, value in loaded.items()} == {name: value.dtype for name, value in own.items()}
 
 
 # timm ----------------------------------------------------------------------------------------------------------------
@@ -517,6 +843,11 @@ def test_the_forms_say_what_is_read_and_what_is_run():
     assert "its code is run" in FORMS["python:MODULE:NAME"]
     with pytest.raises(LookupError, match=r"no model called 'rsnet'; .*; or torchvision:NAME, timm:NAME, hf:NAME"):
         models.load("rsnet")
+
+
+def test_settings_of_other_kinds_are_refused():
+    with pytest.raises(TypeError, match="none: size: expected int or list, got 'abc'"):
+        models.load("none?size=abc")
 
 
 def test_a_normalization_may_be_written_in_the_text():

@@ -27,7 +27,7 @@ from sightline.explainers import (
     train_segmenter,
 )
 from sightline.methods import METHODS
-from sightline.models._files import checksums
+from sightline.models._files import checksums, meanings
 from sightline.processes import first, leave, wait
 from sightline.protocols import PROTOCOLS
 from sightline.recipes import Recipe
@@ -96,10 +96,10 @@ def learn(kind: str, recipe: Recipe, out: Path | str, *, fresh: bool = True, rep
 
 
 def claim(kind: str, recipe: Recipe, folder: Path) -> None:
-    """Write into a folder which training it belongs to, and what weights that starts from.
+    """Write into a folder which training it belongs to, and what weights that starts from, with their manifests.
 
     What only says how the result is stored or measured may change, and the number of trials; all may, as long as
-    nothing is there but logs.
+    nothing is there but logs. An older claim, which does not say what the manifests were, fits any.
 
     Raises:
         ValueError: it belongs to another training.
@@ -107,12 +107,12 @@ def claim(kind: str, recipe: Recipe, folder: Path) -> None:
     plain = recipe.changed(settings={}).plain()
     apart = ("test", "half", "trials", *(() if recipe.trials else ("val", "select", "low", "high")))
     told = {"kind": kind} | {name: value for name, value in plain.items() if name not in apart}
-    told |= {"weights": checksums(plain)}
+    told |= {"weights": checksums(plain), "manifests": meanings(plain)}
     text, path = json.dumps(told, indent=1, sort_keys=True, default=list) + "\n", folder / CLAIM
     begun = path.exists() and any(one.name not in (CLAIM, "logs") for one in folder.iterdir())
-    if begun and (there := path.read_text(encoding="utf-8")) != text:
-        old, new = json.loads(there), json.loads(text)
-        names = [name for name in sorted({*old, *new}) if old.get(name) != new.get(name)]
+    new = json.loads(text)
+    old = {"manifests": new["manifests"], **json.loads(path.read_text(encoding="utf-8"))} if begun else new
+    if names := [name for name in sorted({*old, *new}) if old.get(name) != new.get(name)]:
         differ = "; ".join(f"{name} was {old.get(name)} and is {new.get(name)}" for name in names)
         raise ValueError(f"{folder} belongs to another training: {differ}; delete it, or take another --out")
     if first() and not begun:
@@ -230,11 +230,15 @@ def learn_calm(recipe: Recipe, config: CalmConfig, out: Path, report: Report | N
 
 
 def learn_segmenter(recipe: Recipe, config: SegmenterConfig, out: Path, report: Report | None) -> Path:
-    """Train a segmenter with as many classes as the data has, on its masks or on pseudo labels."""
+    """Train a segmenter with as many classes as the data has, on its masks or on pseudo labels.
+
+    Pseudo labels go with the samples as they are read, which know how large the original pictures were.
+    """
     built, stored = fitting(recipe.model, recipe.data, recipe.seed)
     if not isinstance(built.model, Segmenter):
         raise ValueError(f"{recipe.model} is no segmenter; take mini_seg or lraspp, or the file of one")
     dataset, samples = read(Source.of(recipe.data, built, masks=config.labels is None))
+    samples = samples if config.labels is None else labeled(dataset, built)
     history = train_segmenter(built, samples, config, seed=recipe.seed, out=out, report=report)
     extra = recorded(recipe, config, dataset, history)
     save = partial(models.save, model=stored, extra=extra, half=recipe.half)
@@ -338,27 +342,27 @@ LEARNERS: Mapping[str, Learner] = {
         ClassifierConfig,
         "mini_resnet",
         learn_classifier,
-        lambda path, recipe: (METHODS["grad_cam"].method, models.load(str(path))),
+        lambda path, recipe: (METHODS["grad_cam"].method, models.load(f"{path}?code=run")),
     ),
     "casm": Learner(
         CasmConfig,
         "creatures",
         learn_casm,
-        lambda path, recipe: (load_casm(path), models.load(recipe.model)),
+        lambda path, recipe: (load_casm(f"{path}?code=run"), models.load(recipe.model)),
         select="area?of=raw",
     ),
     "calm": Learner(
         CalmConfig,
         "creatures",
         learn_calm,
-        lambda path, recipe: (METHODS["calm_attribution"].method, models.load(str(path))),
+        lambda path, recipe: (METHODS["calm_attribution"].method, models.load(f"{path}?code=run")),
         {"finer": 0, "activation": "softplus", "detach": False},
     ),
     "segmenter": Learner(
         SegmenterConfig,
         "mini_seg",
         learn_segmenter,
-        lambda path, recipe: (METHODS["segmenter"].method, models.load(str(path))),
+        lambda path, recipe: (METHODS["segmenter"].method, models.load(f"{path}?code=run")),
         select="segmentation?compete=all&normalize=none&threshold=0.0",
     ),
 }

@@ -3,14 +3,13 @@
 from collections.abc import Callable, Mapping
 from functools import partial
 from inspect import Parameter, signature
-from pathlib import Path
 from typing import Any, Literal, TypeVar, get_origin
 
 from sightline.classifier import SCORES, Method
 from sightline.erase import ERASERS, resolve
 from sightline.kinds import annotations, check, kinds
 from sightline.methods import COMBINATORS, METHODS
-from sightline.registry import find, unknown
+from sightline.registry import find, load, unknown
 from sightline.runs import Choice, split, unbound
 
 T = TypeVar("T")
@@ -29,7 +28,7 @@ def method_of(choice: Choice, seed: int | None = None) -> Method:
 
     A combinator has its methods in parentheses, each with settings of its own: `smooth(gradient)`,
     `mean(grad_cam, opti_cam?steps=20)`. A FILE.safetensors is what was learned into it: `casm?weights=FILE.safetensors`
-    or `segmenter?weights=FILE.safetensors`.
+    or `segmenter?weights=FILE.safetensors`; `FILE.safetensors?code=run` allows code that its manifest names.
 
     Raises:
         LookupError, TypeError, ValueError: an unknown name or setting, or one that does not fit.
@@ -37,7 +36,7 @@ def method_of(choice: Choice, seed: int | None = None) -> Method:
     outer, opened, inner = choice.name.partition("(")
     if not opened:
         if outer.endswith(".safetensors"):
-            return method_of(Choice(learned(Path(outer)), {"weights": outer, **choice.settings}), seed)
+            return method_of(learned(choice), seed)
         if outer in COMBINATORS and outer not in METHODS:
             raise LookupError(f"{outer} makes a method of others; write {outer}(grad_cam), say")
         return seeded(find(outer, METHODS, "methods").method, choice.settings, seed)
@@ -57,10 +56,15 @@ def method_of(choice: Choice, seed: int | None = None) -> Method:
     return combined
 
 
-def learned(path: Path) -> str:
-    """Return the method whose weights a file holds, by its manifest; a file that is not there yet is CASM's."""
-    manifest = path.with_suffix(".json")
-    return "segmenter" if manifest.exists() and '"encoder"' not in manifest.read_text(encoding="utf-8") else "casm"
+def learned(choice: Choice) -> Choice:
+    """Return the method whose weights a file holds, of that file.
+
+    Raises:
+        LookupError, TypeError, ValueError: a file of something else; a word that `code` does not have.
+    """
+    settings = {name: value for name, value in choice.settings.items() if name != "code"}
+    weights = f"{choice.name}?code={choice.settings['code']}" if "code" in choice.settings else choice.name
+    return Choice(load("sightline.explainers._saved:method_in")(weights), {"weights": weights, **settings})
 
 
 def signed(method: Callable[..., Any]) -> bool:

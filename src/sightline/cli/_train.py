@@ -135,7 +135,9 @@ def tell(path: Path) -> None:
         if name != "data":
             shown = f"{value:.2%}" if name in ("accuracy", "mean_average_precision") else f"{value:.4g}"
             click.echo(f"{name} {shown} on {extra['test']['data']}")
-    click.echo(f"{path}: use it as --{'model' if path.stem in ('classifier', 'calm') else 'method'} {path}")
+    manifest = path.with_suffix(".json").read_text(encoding="utf-8")
+    name = f"{path}?code=run" if '"python:' in manifest else str(path)
+    click.echo(f"{path}: use it as --{'model' if path.stem in ('classifier', 'calm') else 'method'} {name}")
 
 
 @contextmanager

@@ -19,7 +19,8 @@ from sightline import models
 from sightline.classifier import Classifier, UnsuitedError, check_labels
 from sightline.explainers._casm import Casm
 from sightline.explainers._segmenter import log_odds, segmenter_of
-from sightline.models._files import fill, read, write
+from sightline.models._files import fill, manifest_of, read, use, write
+from sightline.models._manifests import building, named
 from sightline.registry import unknown
 from sightline.runs import Choice
 from sightline.types import Images, Labels, Saliency
@@ -42,7 +43,7 @@ def casm(classifier: Classifier, x: Images, y: Labels | None = None, /, *, weigh
     """
     path = EMBEDDED if weights == "creatures" else Path(weights)
     precision = x.dtype if x.is_floating_point() else torch.float32
-    mapping = remembered(path, path.stat().st_mtime_ns if path.exists() else 0, precision).to(x.device)
+    mapping = remembered(path, changed(path), precision).to(x.device)
     return mapping.forward(classifier, x, y)
 
 
@@ -89,8 +90,32 @@ def source(classifier: Classifier, weights: str | None, x: Images) -> Classifier
         return classifier
     path = Path(weights)
     precision = x.dtype if x.is_floating_point() else torch.float32
-    own = remembered_segmenter(path, path.stat().st_mtime_ns if path.exists() else 0, precision)
+    own = remembered_segmenter(path, changed(path), precision)
     return replace(own, model=own.model.to(x.device))
+
+
+def method_in(weights: str) -> str:
+    """Return the method whose weights a file holds, by its manifest; a file that is not there yet is CASM's.
+
+    Raises:
+        LookupError, TypeError: a setting of the file that it does not have.
+        ValueError: no manifest, or that of a network that is no method; the message says how it is used.
+    """
+    path, _ = named(weights)
+    beside = path.with_suffix(".json")
+    if not beside.exists():
+        return "casm"
+    manifest = manifest_of(beside, kind="method")
+    kind = models.held(manifest)
+    if kind in ("classifier", "calm"):
+        raise ValueError(f"{beside} is no manifest of a method: {use(manifest, path)}")
+    return "casm" if kind == "casm" else "segmenter"
+
+
+def changed(path: Path) -> int:
+    """Return when a file, or the one in `FILE?code=run`, was written last; 0 where there is none."""
+    file, _ = named(path)
+    return file.stat().st_mtime_ns if file.exists() else 0
 
 
 def renumbered(own: Classifier, classifier: Classifier, y: Labels) -> Labels:
@@ -170,14 +195,18 @@ def save_casm(
 def load_casm(path: Path | str) -> Casm:
     """Return the mapping of a file that `save_casm` wrote, on the CPU, in evaluation mode.
 
+    `FILE?code=run` allows code that the manifest names as its encoder (see `models`).
+
     Raises:
         FileNotFoundError: the file or its manifest is not there.
-        ValueError: another kind of file, or weights that do not fit.
+        ValueError: another kind of file, weights that do not fit, or code in the manifest.
     """
-    manifest, content = read(path, SAVED, kind="CASM mapping")
-    built = models.load(models.recipe(Choice.of(manifest["encoder"])))
+    file, code = named(path)
+    manifest, content = read(file, SAVED, kind="CASM mapping")
+    with building(file, code):
+        built = models.load(models.recipe(Choice.of(manifest["encoder"])))
     (h, w), mean, std = manifest["size"], tuple(manifest["mean"]), tuple(manifest["std"])
     encoder = replace(built, mean=mean, std=std, size=(h, w))
     mapping = Casm(encoder, taps=manifest["taps"], width=manifest.get("width", 64))
-    fill(mapping, content, path)
+    fill(mapping, content, file)
     return mapping.eval()

@@ -9,7 +9,8 @@ A file of weights has a manifest beside it, `weights.json`, which sightline writ
     {"model": "timm:resnet18?num_classes=2", "classes": ["cat", "dog"], "normalization": "imagenet", "size": 224}
 
 Only `model` has to be there, `normalization` (or `mean` and `std`) where the model does not know it, and `layer` and
-`sha256` may be.
+`sha256` may be. Files come from anywhere, so code that a manifest names, `python:` or `trust_remote_code`, is refused
+unless the user allows it in the model's own name: `weights.safetensors?code=run`.
 """
 
 import inspect
@@ -17,7 +18,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from sightline.kinds import annotations, check
 from sightline.registry import find, unknown
@@ -33,11 +34,11 @@ if TYPE_CHECKING:
     from sightline.models._mini_vit import MiniViT as MiniViT
     from sightline.models._mini_vit import mini_vit as mini_vit
 
-_SAVED = ("model", "layer", "mean", "std", "size", "classes", "extra", "sha256", "provenance", "normalization")
-"""What the manifest of a classifier may say."""
-
 EMBEDDED = Path(__file__).parents[1] / "weights" / "creatures.safetensors"
 EMBEDDED_CALM = EMBEDDED.with_name("creatures-calm.safetensors")
+
+Held = Literal["classifier", "calm", "segmenter", "casm"]
+"""What a file of weights may hold."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ class Entry:
     load: str
     """Where its function is: `package.module:name`."""
     summary: str
+    kind: Held = "classifier"
 
     @property
     def builder(self) -> "Callable[..., Classifier]":
@@ -67,7 +69,9 @@ class Entry:
 MODELS: Mapping[str, Entry] = MappingProxyType(
     {
         "creatures": Entry("sightline.models:creatures", "the embedded default: a MiniResNet trained on creatures"),
-        "creatures_calm": Entry("sightline.models:creatures_calm", "an embedded CALM network, trained on creatures"),
+        "creatures_calm": Entry(
+            "sightline.models:creatures_calm", "an embedded CALM network, trained on creatures", "calm"
+        ),
         "mini_resnet": Entry(
             "sightline.models._mini_resnet:mini_resnet", "four residual stages, 0.65 M parameters, random weights"
         ),
@@ -90,12 +94,17 @@ MODELS: Mapping[str, Entry] = MappingProxyType(
         "mini_seg": Entry(
             "sightline.explainers._segmenter:mini_seg",
             "a segmenter over a MiniResNet, random weights or weights=CLASSIFIER",
+            "segmenter",
         ),
         "lraspp": Entry(
-            "sightline.explainers._segmenter:lraspp", "a segmenter: torchvision's LR-ASPP over MobileNetV3-Large"
+            "sightline.explainers._segmenter:lraspp",
+            "a segmenter: torchvision's LR-ASPP over MobileNetV3-Large",
+            "segmenter",
         ),
         "calm": Entry(
-            "sightline.explainers._calm:calm", "a CALM network over any other (backbone=), its two new layers random"
+            "sightline.explainers._calm:calm",
+            "a CALM network over any other (backbone=), its two new layers random",
+            "calm",
         ),
         "none": Entry("sightline.models:none", "no network: maps from files, judged by annotations alone"),
     }
@@ -125,6 +134,9 @@ _LIBRARIES = {
     "python": "sightline.models._python:from_python",
 }
 """Name before the colon -> who reads what follows it."""
+
+_THEIRS = ("torchvision:", "timm:", "hf:")
+"""How the names of networks begin that come with weights of their own."""
 
 _HOMES = {
     "MiniResNet": "sightline.models._mini_resnet:MiniResNet",
@@ -166,9 +178,13 @@ def __dir__() -> list[str]:
 def load(model: str | Choice) -> "Classifier":
     """Return the classifier that a line of text (see the module), or a name with settings, stands for.
 
+    A name that begins with `python:` runs code, and so does `trust_remote_code` of Hugging Face; a file of weights runs
+    none, unless its name ends in `?code=run`.
+
     Raises:
         LookupError: no such model or setting; the message names the nearest ones.
-        ValueError, TypeError: a text, a setting, a file or a network that does not fit.
+        ValueError, TypeError: a text, a setting, a file or a network that does not fit; a file whose manifest names
+            code.
         OSError: a file that is not there, or weights that cannot be downloaded.
     """
     return _loaded(Choice.parse(model) if isinstance(model, str) else model, {})
@@ -208,7 +224,7 @@ def call(function: Callable[..., Any], settings: Mapping[str, Any]) -> Any:
     for name, value in settings.items():
         if name not in known:
             raise LookupError(unknown(name, known, f"setting of {title}"))
-        check(f"{title}: {name}", value, hints.get(name, Any))
+        check(f"{title}: {name}", value, hints.get(name, known[name].annotation))
     return function(**settings)
 
 
@@ -262,12 +278,12 @@ def save(
     """Write the weights as safetensors, and beside them a manifest in JSON; each atomically.
 
     `model` says how to build the network (without its weights); `extra` is kept in the manifest: recipe, accuracy.
-    `half` stores floats in 16 bits; they load as 32 bits.
+    Floats load with as many bits as they have here. `half` stores them in 16 bits; then they load as 32 bits.
 
     Raises:
         ValueError: a path that is no .safetensors, or weights that 16 bits cannot hold.
     """
-    from sightline.models._files import write
+    from sightline.models._files import in_32_bits, write
 
     manifest = {
         "model": model.plain(),
@@ -277,6 +293,7 @@ def save(
         "size": classifier.size,
         "classes": classifier.classes,
         "extra": dict(extra or {}),
+        **({} if half or in_32_bits(classifier.model) else {"floats": "as stored"}),
     }
     return write(classifier.model, path, manifest, half=half)
 
@@ -284,29 +301,56 @@ def save(
 def recipe(model: str | Choice) -> Choice:
     """Return how to build a model's network again, without its weights: of a file what its manifest says.
 
+    Nothing is built yet: whoever loads what is returned runs the code that it names.
+
     Raises:
-        FileNotFoundError, ValueError: a file that is not there, or no manifest.
+        FileNotFoundError, LookupError, TypeError, ValueError: a file that is not there, or whose manifest does not fit.
     """
-    from sightline.models._files import is_weights, read
+    from sightline.models._files import is_weights
 
     given = Choice.parse(model) if isinstance(model, str) else model
     embedded = {"creatures": EMBEDDED, "creatures_calm": EMBEDDED_CALM}.get(given.name)
     given = given if embedded is None else Choice(str(embedded), given.settings)
     if is_weights(given.name):
-        return Choice.of(read(given.name, ("model",), kind="classifier")[0]["model"])
+        return Choice.of(_read(given.name)[0]["model"])
     return _untrained(given)
 
 
-def _from_file(path: Path | str, *, layer: str | None = None) -> "Classifier":
-    from sightline.classifier import classes_of, normalization_of
-    from sightline.models._files import fill, read
+def held(manifest: Mapping[str, Any]) -> Held | None:
+    """Return what a file holds by its manifest; None where only building it would tell.
+
+    Raises:
+        ValueError, TypeError: a model that is no name.
+    """
+    if "encoder" in manifest:
+        return "casm"
+    name = Choice.parse(Choice.of(manifest["model"]).name).name if "model" in manifest else ""
+    if name in MODELS:
+        return MODELS[name].kind
+    return "classifier" if name.startswith(_THEIRS) else None
+
+
+def _read(path: Path | str) -> tuple[dict[str, Any], bytes]:
+    """Return the manifest of a classifier's file, checked, and the weights' bytes."""
+    from sightline.models._files import read
+    from sightline.models._manifests import check_entries
 
     manifest, content = read(path, ("model",), kind="classifier")
-    if foreign := [name for name in manifest if name not in _SAVED]:
-        raise ValueError(f"{Path(path).with_suffix('.json')}: {unknown(foreign[0], _SAVED, 'entry')}")
-    said = _said(manifest)
-    built = _loaded(_untrained(Choice.of(manifest["model"])), said)
-    fill(built.model, content, path)
+    check_entries(manifest, Path(path).with_suffix(".json"))
+    return manifest, content
+
+
+def _from_file(path: Path | str, *, layer: str | None = None, code: Any = "refuse") -> "Classifier":
+    from sightline.classifier import classes_of, normalization_of
+    from sightline.models._files import fill
+    from sightline.models._manifests import Code, building, said_in
+
+    check(f"{path}: code", code, Code)
+    manifest, content = _read(path)
+    said = said_in(manifest, Path(path).with_suffix(".json"))
+    with building(Path(path), code):
+        built = _loaded(_untrained(Choice.of(manifest["model"])), said)
+    fill(built.model, content, path, as_stored="floats" in manifest)
     if "normalization" in said:
         mean, std = normalization_of(built.model, said["normalization"], built.channels)
         built = replace(built, mean=mean, std=std)
@@ -318,19 +362,7 @@ def _from_file(path: Path | str, *, layer: str | None = None) -> "Classifier":
     return described if wanted == built.layer else described.at(wanted)
 
 
-def _said(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a manifest says of normalization, size and classes, as `wrap` takes it."""
-    said = {name: manifest[name] for name in ("normalization", "size", "classes") if name in manifest}
-    if {"mean", "std"} <= {*manifest}:
-        said["normalization"] = manifest["mean"], manifest["std"]
-    if isinstance(said.get("normalization"), list):
-        said["normalization"] = tuple(said["normalization"])
-    if isinstance(said.get("size"), int):
-        said["size"] = said["size"], said["size"]
-    return said
-
-
 def _untrained(choice: Choice) -> Choice:
     """Say that a network comes without the weights that its library has: those of the file follow."""
-    theirs = choice.name.startswith(("torchvision:", "timm:", "hf:")) or "weights" in choice.settings
+    theirs = choice.name.startswith(_THEIRS) or "weights" in choice.settings
     return Choice(choice.name, {**choice.settings, "weights": "none"}) if theirs else choice

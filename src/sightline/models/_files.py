@@ -5,7 +5,7 @@ import io
 import json
 import pickle
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,17 @@ SUFFIXES = (".safetensors", ".pt", ".pth")
 
 NESTED = ("state_dict", "model_state_dict", "model")
 """Under which of its names a checkpoint holds the weights."""
+
+ABOUT = ("extra", "provenance", "sha256")
+"""What a manifest says about how the weights came to be; the rest says what they mean."""
+
+USES = {
+    "casm": "a CASM mask; use it as --method {}",
+    "calm": "a CALM network; use it as --model {} --method calm_attribution",
+    "segmenter": "a segmenter; use it as --method {}",
+    "classifier": "a classifier; use it as --model {}",
+}
+"""What a file may hold -> how it is called and used."""
 
 
 def write(network: "nn.Module", path: Path | str, manifest: Mapping[str, Any], *, half: bool = False) -> Path:
@@ -53,6 +64,13 @@ def state_of(network: "nn.Module", *, half: bool) -> dict[str, "Tensor"]:
     return halves
 
 
+def in_32_bits(network: "nn.Module") -> bool:
+    """Tell whether all floats of a network have 32 bits."""
+    import torch
+
+    return all(v.dtype == torch.float32 for v in network.state_dict().values() if v.is_floating_point())
+
+
 def read(path: Path | str, names: Sequence[str], *, kind: str) -> tuple[dict[str, Any], bytes]:
     """Return the manifest, which has to have these names, and the weights' bytes.
 
@@ -73,44 +91,73 @@ def read(path: Path | str, names: Sequence[str], *, kind: str) -> tuple[dict[str
         if not file.exists():
             raise FileNotFoundError(f"no file {file}; {hint}")
     content = weights.read_bytes()
-    manifest = manifest_of(manifest_path, names, kind=kind)
+    manifest = manifest_of(manifest_path, kind=kind)
+    if missing := [name for name in names if name not in manifest]:
+        lacks = f"it lacks {', '.join(missing)}"
+        raise ValueError(f"{manifest_path} is no manifest of a {kind}: {use(manifest, weights) or lacks}")
     if manifest.get("sha256", digest := hashlib.sha256(content).hexdigest()) != digest:
         raise ValueError(f"{manifest_path} describes other weights than {weights}: the checksums differ")
     return manifest, content
 
 
+def use(manifest: Mapping[str, Any], weights: Path) -> str:
+    """Say what weights are by their manifest, and how they are used; nothing where it does not tell."""
+    from sightline.models import held
+
+    kind = held(manifest)
+    return f"it is that of {USES[kind].format(weights)}" if kind else ""
+
+
 def checksums(plain: Any) -> dict[str, str]:
     """Return the checksum of every file of weights that plain data names, by its path, or by that of its manifest."""
-    if isinstance(plain, Mapping):
-        return {path: digest for item in plain.values() for path, digest in checksums(item).items()}
-    if isinstance(plain, list | tuple):
-        return {path: digest for item in plain for path, digest in checksums(item).items()}
-    named = [part for part in re.split("[?&=]", plain) if is_weights(part)] if isinstance(plain, str) else []
-    return {path: checksum(Path(path)) for path in named if Path(path).exists()}
+    return {path: checksum(Path(path)) for path in files_in(plain)}
+
+
+def meanings(plain: Any) -> dict[str, str]:
+    """Return a digest of what the manifest of every file of weights says, by the file's path, where there is one.
+
+    Network, layer, normalization, size and classes count; how the weights came to be, and what was measured, do not.
+    """
+    return {path: digest for path in files_in(plain) if (digest := meaning(Path(path)))}
+
+
+def files_in(plain: Any) -> Iterator[str]:
+    """Yield the files of weights that plain data names and that are there."""
+    if isinstance(plain, Mapping | list | tuple):
+        for item in plain.values() if isinstance(plain, Mapping) else plain:
+            yield from files_in(item)
+    elif isinstance(plain, str):
+        yield from (part for part in re.split("[?&=]", plain) if is_weights(part) and Path(part).exists())
 
 
 def checksum(path: Path) -> str:
     """Return the checksum of a file of weights, as its manifest has it where there is one."""
     manifest = path.with_suffix(".json")
-    said = manifest_of(manifest, (), kind="file of weights").get("sha256") if manifest.exists() else None
+    said = manifest_of(manifest, kind="file of weights").get("sha256") if manifest.exists() else None
     return str(said or hashlib.sha256(path.read_bytes()).hexdigest())
 
 
-def manifest_of(path: Path, names: Sequence[str], *, kind: str) -> dict[str, Any]:
+def meaning(path: Path) -> str:
+    """Return a digest of what the manifest of a file of weights says about the network; nothing without a manifest."""
+    manifest = path.with_suffix(".json")
+    if not manifest.exists():
+        return ""
+    told = {k: v for k, v in manifest_of(manifest, kind="file of weights").items() if k not in ABOUT}
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+
+
+def manifest_of(path: Path, *, kind: str) -> dict[str, Any]:
     """Read a manifest.
 
     Raises:
-        ValueError: not JSON, or not what `write` writes for this kind.
+        ValueError: not JSON, or not a table.
     """
     try:
         table = json.loads(path.read_text(encoding="utf-8"))
-        missing = [name for name in names if name not in table]
-    except (TypeError, ValueError) as error:
+    except ValueError as error:
         raise ValueError(f"{path} is no manifest of a {kind}: {error}; sightline writes one") from error
     if not isinstance(table, dict):
         raise ValueError(f"{path} is no manifest of a {kind}: it holds no table")
-    if missing:
-        raise ValueError(f"{path} is no manifest of a {kind}: it lacks {', '.join(missing)}")
     return table
 
 
@@ -142,13 +189,17 @@ def opened(path: Path | str) -> dict[str, "Tensor"]:
     return tensors(Path(path).read_bytes(), path)
 
 
-def fill(network: "nn.Module", content: bytes, path: Path | str) -> None:
-    """Copy the weights of a file into a network.
+def fill(network: "nn.Module", content: bytes, path: Path | str, *, as_stored: bool = False) -> None:
+    """Copy the weights of a file into a network, whose floats then have as many bits as those stored, if asked.
 
     Raises:
         ValueError: no file of weights, or tensors that are missing, unexpected or of another shape.
     """
-    put(network, tensors(content, path), path)
+    state = tensors(content, path)
+    for name, value in (*network.named_parameters(), *network.named_buffers()) if as_stored else ():
+        if name in state and value.is_floating_point() and state[name].is_floating_point():
+            value.data = value.data.to(state[name].dtype)
+    put(network, state, path)
 
 
 def put(network: "nn.Module", state: Mapping[str, "Tensor"], path: Path | str) -> None:

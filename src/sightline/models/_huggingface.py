@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sightline.models._files import check_fit, is_weights, opened
+from sightline.models._manifests import check_code
 from sightline.models._wrapping import needing, parted, wrapped
 
 if TYPE_CHECKING:
@@ -27,7 +28,8 @@ def from_huggingface(name: str, settings: Mapping[str, Any], default: Mapping[st
     Raises:
         ImportError: transformers is not installed.
         LookupError: no such weights.
-        FileNotFoundError, ValueError: a file of weights that is not there or does not fit, or no image classifier.
+        FileNotFoundError, ValueError: a file of weights that is not there or does not fit, or no image classifier;
+            `trust_remote_code` in a manifest.
         ConnectionError: it cannot be downloaded; the message says what to do.
     """
     with needing("hf", f"hf:{name}"):
@@ -37,6 +39,8 @@ def from_huggingface(name: str, settings: Mapping[str, Any], default: Mapping[st
     from sightline.models._mini_resnet import seeded
 
     wrapping, rest = parted(settings)
+    if rest.get("trust_remote_code"):
+        check_code(f"hf:{name} with trust_remote_code")
     weights, seed = str(rest.pop("weights", "DEFAULT")), int(rest.pop("seed", 0))
     if not is_weights(weights) and weights not in ("DEFAULT", "none"):
         raise LookupError(f"no weights of {name} called {weights!r}; write DEFAULT, none or a file")
