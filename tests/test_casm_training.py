@@ -2,9 +2,14 @@
 
 import copy
 import math
+import os
 import re
+import subprocess
+import sys
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,8 +29,8 @@ from sightline.explainers._casm_training import (
     kept,
     train_casm,
 )
-from sightline.processes import fabric_of
-from sightline.training import Trainer
+from sightline.processes import fabric_of, wait
+from sightline.training import Trainer, fit
 
 MEAN, STD = torch.tensor([0.4, 0.5, 0.6]), torch.tensor([0.2, 0.25, 0.3])
 
@@ -490,6 +495,52 @@ def test_an_interrupted_training_ends_with_the_bits_of_an_uninterrupted_one(enco
     for a, b in zip(one["history"], other["history"], strict=True):
         assert all(torch.equal(a[name], b[name]) for name in a)
     assert one["lambda"] == other["lambda"] != 10
+
+
+class Cut(CasmTrainer):
+    """A trainer that dies before its fifth step."""
+
+    def step(self, batch, share):
+        if self.done == 4:
+            raise KeyboardInterrupt
+        return super().step(batch, share)
+
+
+def whole_and_resumed(folder):
+    """Train twice, once with an interruption; the first of the processes that run this writes what came out."""
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        classifier = wrap(Two(), normalization=(MEAN.tolist(), STD.tolist()), size=8, layer="last")
+    config = quick(epochs=3, thinning="L1", draw=0.2, cap=3)
+    numbers = {"epochs": config.epochs, "batch": config.batch, "every": 1, "accelerator": "cpu"}
+    trainers = CasmTrainer(classifier, config), Cut(classifier, config), CasmTrainer(classifier, config)
+    curves = []
+    for trainer, name in zip(trainers, ("whole", "cut", "cut"), strict=True):
+        with suppress(KeyboardInterrupt):
+            curves.append(fit(trainer, Colors(), out=Path(folder) / name, **numbers))
+        wait()
+    states = [one.state_dict() for one in (trainers[0], trainers[2])]
+    torch.save({"curves": curves, "states": states}, Path(folder) / f"rank-{trainers[0].fabric.global_rank}.pt")
+
+
+def test_in_two_processes_an_interrupted_training_is_the_uninterrupted_one_and_both_keep_one_history(tmp_path):
+    command = f"from test_casm_training import whole_and_resumed; whole_and_resumed({str(tmp_path)!r})"
+    (tmp_path / "both.py").write_text(command)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run([*launcher, tmp_path / "both.py"], env=environment, capture_output=True, timeout=120)
+    assert done.returncode == 0, done.stderr.decode()
+    ranks = [torch.load(tmp_path / f"rank-{rank}.pt", weights_only=True) for rank in (0, 1)]
+    for found in ranks:
+        assert len(found["curves"]) == 2
+        assert found["curves"][0] == found["curves"][1]
+    (whole, resumed), (other, _) = (found["states"] for found in ranks)
+    for name in ("classifier", "casm"):
+        torch.testing.assert_close(resumed[name], whole[name], rtol=0, atol=0)
+    assert len(whole["history"]) == 3
+    torch.testing.assert_close(resumed["history"], whole["history"], rtol=0, atol=0)
+    torch.testing.assert_close(other["history"], whole["history"], rtol=0, atol=0)
+    assert not torch.equal(other["classifier"]["stem.1.running_mean"], whole["classifier"]["stem.1.running_mean"])
 
 
 def test_a_checkpoint_of_other_settings_is_refused(seeded, tmp_path):

@@ -204,6 +204,38 @@ def test_the_command_line_copies_a_recipe_and_trains_from_it(data, trained, tmp_
     assert list((tmp_path / "maps").glob("*.png"))
 
 
+def test_a_gray_network_is_trained_and_evaluated_on_colors(data, tmp_path, capsys):
+    options = ["--data", data, "--epochs", "1", "--set", "batch=6", "--out"]
+    run("train", "classifier", "--model", "mini_resnet?size=32&channels=1", "--test", data, *options, tmp_path / "net")
+    net = tmp_path / "net" / "classifier.safetensors"
+    assert models.load(str(net)).channels == 1
+    run("train", "casm", "--model", net, "--set", "fraction=1", *options, tmp_path / "casm")
+    run("train", "calm", "--model", net, *options, tmp_path / "calm")
+    methods = ["--method", "grad_cam", "--method", tmp_path / "casm" / "casm.safetensors"]
+    metrics = ["--metric", "deletion?steps=2", "--metric", "average_drop"]
+    run("evaluate", "--model", net, "--data", data, *methods, *metrics, "--out", tmp_path / "runs")
+    made = Run.read(tmp_path / "runs" / "grad_cam.json")
+    assert len(made.scores.ids) == 18
+    assert (tmp_path / "runs" / next(iter(made.pictures.values()))["overlay"]).exists()
+    capsys.readouterr()
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["train", "classifier", "--model", "mini_resnet?size=32&channels=2", "--epochs", "1"],
+        ["evaluate", "--model", "mini_resnet?size=32&channels=2&classes=3", "--metric", "average_drop"],
+    ],
+)
+def test_a_network_of_two_channels_is_refused_in_one_line(data, tmp_path, capsys, command):
+    with pytest.raises(SystemExit) as ended:
+        run(*command, "--data", data, "--out", tmp_path)
+    assert ended.value.code == 2
+    told = capsys.readouterr().err.strip()
+    assert "0.png has 3 channels and the network reads 2" in told
+    assert "\n" not in told
+
+
 def test_tensorboard_gets_the_metrics(data, trained, tmp_path):
     options = [token for key, value in CALM.items() for token in ("--set", f"{key}={value}")]
     run("train", "calm", "--data", data, "--model", trained, *options, "--out", tmp_path, "--track", "tensorboard")
@@ -340,21 +372,33 @@ def test_a_killed_casm_goes_on_bit_for_bit(data, trained, tmp_path):
     assert killed == whole
 
 
-def test_two_processes_give_the_loss_curve_of_one(data, tmp_path):
+@pytest.mark.parametrize(("kind", "settings"), [("classifier", ()), ("calm", ("--set", "finer=1"))])
+def test_two_processes_give_the_loss_curve_of_one(data, tmp_path, kind, settings):
     (tmp_path / "net.py").write_text(NETWORK)
-    common = ["--data", data, "--model", "python:net:build", "--set", "batch=7", "--epochs", "3"]
-    curves = []
-    for count in (1, 2):
-        out = tmp_path / f"processes-{count}"
-        process = start(tmp_path, count, "train", "classifier", *common, "--out", out)
+    common = ["--data", data, "--model", "python:net:build", "--set", "batch=7", *settings, "--epochs", "3"]
+    outs = {count: tmp_path / f"processes-{count}" for count in (1, 2)}
+    started = [start(tmp_path, count, "train", kind, *common, "--out", out) for count, out in outs.items()]
+    for process in started:
         told, err = process.communicate(timeout=120)
         assert process.returncode == 0, err
         assert told.count("use it as --model") == 1
-        history = json.loads((out / "classifier.json").read_text())["extra"]["history"]
-        curves.append([one["loss"] for one in history])
+    manifests = [json.loads((out / f"{kind}.json").read_text()) for out in outs.values()]
+    curves = [[one["loss"] for one in manifest["extra"]["history"]] for manifest in manifests]
     assert len(curves[0]) == 3
     assert curves[1] == pytest.approx(curves[0], abs=1e-5)
     assert curves[0][0] != pytest.approx(curves[0][2], abs=1e-3)
+
+
+def test_two_processes_train_one_casm(data, trained, tmp_path):
+    options = [token for key, value in CASM.items() for token in ("--set", f"{key}={value}")]
+    command = ["train", "casm", "--data", data, "--model", trained, *options, "--out", tmp_path / "out"]
+    told, err = (process := start(tmp_path, 2, *command)).communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert told.count("use it as --method") == 1
+    history = json.loads((tmp_path / "out" / "casm.json").read_text())["extra"]["history"]
+    assert [one["history"] for one in history] == [pytest.approx(4 / 3), 2]
+    mask = load_casm(tmp_path / "out" / "casm.safetensors")(models.load(str(trained)), torch.rand(2, 3, 32, 32))
+    assert 0 <= mask.min() < mask.max() <= 1
 
 
 def test_two_processes_try_learning_rates_measure_and_keep_track(data, trained, tmp_path):

@@ -364,6 +364,46 @@ def test_a_page_of_hundreds_of_images_stays_below_ten_megabytes(tmp_path):
     assert len(page(runs, tmp_path).encode()) < 1_500_000
 
 
+def many(folder, methods, datasets, size):
+    """Fabricate runs of many methods on many data sets, each image and map a picture of its own."""
+    noise = random.Random(0)
+
+    def jpeg(name):
+        (folder / name).write_bytes(b"\xff\xd8\xff" + noise.randbytes(size))
+        return name
+
+    images = {name: jpeg(f"{name}.jpg") for name in IDS}
+    return [
+        run(f"m{i}", {UP: [i + j / 8 for j in range(8)]}, data=f"data-{k}", pictures={
+            name: {"image": images[name], "overlay": jpeg(f"{k}-{i}-{name}.jpg")} for name in IDS
+        })
+        for k in range(datasets) for i in range(methods)
+    ]  # fmt: skip
+
+
+def test_best_and_worst_cases_of_many_methods_stay_in_the_room_of_the_page(tmp_path):
+    source = page(many(tmp_path, methods=41, datasets=6, size=6_000), tmp_path)
+    assert 5_000_000 < len(source.encode()) < 10_000_000
+    told = re.findall(r"There is room for the pictures of the first (\d+) of 41 methods", source)
+    assert len(told) == 6
+    assert 10 < int(told[0]) < 41
+    assert len(re.findall(r"The first [1-8] of 8 images with pictures", source)) == 6
+    cards = re.findall(r"<article>(.*?)</article>", source, re.DOTALL)
+    assert len(cards) == 6 * 41
+    for i, card in enumerate(cards):
+        assert len(texts(card, r"<b>(.*?)</b>")) == 6
+        assert card.count('<span class="pic p') == (6 if i % 41 < int(told[0]) else 0)
+
+
+def test_a_page_without_room_for_a_single_picture_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr("sightline.report.ROOM", 1_000)
+    source = page(many(tmp_path, methods=2, datasets=1, size=6_000), tmp_path)
+    assert "url(data:" not in source
+    assert "There is room for the pictures of none of 2 methods." in source
+    assert "None of 8 images with pictures is shown; a report of fewer runs has room for them." in source
+    assert notes(source) == []
+
+
 def test_csv_keeps_full_precision_and_one_line_a_run_and_metric():
     values = [1 / 3, 2 / 7, 0.123456789012345, *[math.pi / 10] * 5]
     made = [run({"name": "cam", "k": 2}, {UP: values}, arguments={"method": {"k": 2}}), run("b", layer="top")]

@@ -19,6 +19,7 @@ from sightline.metrics import average_drop, insertion
 from sightline.models import mini_resnet
 from sightline.running import (
     KEPT,
+    Channeled,
     Recent,
     Relabeled,
     labeled,
@@ -278,12 +279,30 @@ class Data:
 
 def test_relabeled_samples_keep_the_rest():
     data, classifier = Data(), mini_resnet(3)
-    assert labeled(data, classifier) is data
-    assert labeled(data, replace(classifier, classes=("a", "b"))) is data
+    for names in ((), ("a", "b")):
+        same = labeled(data, replace(classifier, classes=names))
+        assert [same[i].label for i in range(len(same))] == [0, 1, None]
     turned = labeled(data, replace(classifier, classes=("b", "c", "a")))
     assert isinstance(turned, Relabeled)
     assert [turned[i].label for i in range(len(turned))] == [2, 0, None]
     assert [turned[i].id for i in range(3)] == ["s0", "s1", "s2"]
+
+
+def test_a_gray_network_gets_the_luma_and_no_other_count_of_channels_is_converted():
+    data = creatures(count=2, size=64)
+    for names in ((), data.classes[::-1]):
+        seen = labeled(data, replace(mini_resnet(20, channels=1), classes=names))
+        x = data[1].image
+        assert seen[1].image.shape == (1, 64, 64)
+        torch.testing.assert_close(seen[1].image[0], 0.299 * x[0] + 0.587 * x[1] + 0.114 * x[2], rtol=0, atol=1e-6)
+        assert (seen[1].id, seen[1].label) == (data[1].id, (names or data.classes).index(data.classes[data[1].label]))
+    assert torch.equal(labeled(data, mini_resnet(20))[0].image, data[0].image)
+    gray = Channeled(data, 1)
+    assert Channeled(gray, 1)[0].image.shape == (1, 64, 64)
+    with pytest.raises(ValueError, match=f"{data[0].id} has 3 channels and the network reads 4; only colors for a"):
+        labeled(data, mini_resnet(20, channels=4))[0]
+    with pytest.raises(ValueError, match="has 1 channels and the network reads 3; only colors"):
+        Channeled(gray, 3)[0]
 
 
 # Pictures

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +33,7 @@ from sightline.classifier_training import (
 )
 from sightline.data import Sample, collate
 from sightline.models import MiniResNet
-from sightline.training import CHECKPOINT, Progress, fit, remember
+from sightline.training import CHECKPOINT, Progress, few_images, fit, remember, update
 
 CONFIG = ClassifierConfig(epochs=3, batch=4, lr=0.05, warmup=0.5, augment="flip+crop+jitter")
 
@@ -264,6 +265,103 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_images(tmp_path):
     assert checkpoint(tmp_path)["at"]["step"] == 2
     with pytest.raises(FloatingPointError, match=r"images are toy\d+, toy\d+, toy\d+, toy\d+; lower the learning rate"):
         fit(Recorder(loss), Toy(), epochs=1, batch=4, accelerator="cpu")
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_the_step_that_ruins_the_weights_is_blamed_and_never_saved(tmp_path, optimizer):
+    settings = {"batch": 4, "warmup": 0.0, "augment": "none", "optimizer": optimizer}
+    good, bad = ClassifierConfig(epochs=1, **settings), ClassifierConfig(epochs=1, lr=1e37, **settings)
+    told = r"epoch 0, step 0: norm of the weights = inf; its images are listed in"
+    for _ in range(2):
+        with pytest.raises(FloatingPointError, match=told):
+            train(small(), Toy(), bad, out=tmp_path, every=1, accelerator="cpu")
+        table = json.loads((tmp_path / "nonfinite.json").read_text())
+        assert (table["step"], table["metrics"]) == (0, {"norm of the weights": "inf"})
+        assert not (tmp_path / CHECKPOINT).exists()
+    recorder = Recorder()
+    fit(recorder, Toy(), epochs=1, batch=4, accelerator="cpu")
+    assert table["ids"] == [name for _, name, _ in recorder.seen[:4]]
+    assert math.isfinite(train(small(), Toy(), good, out=tmp_path / "good", accelerator="cpu")[0]["loss"])
+
+
+class Steep(nn.Module):
+    """Logits that are finite on every image, but whose gradient is not on one."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.head, self.bad = nn.Conv2d(3, 4, 3, padding=1), nn.Linear(4, 2), False
+
+    def forward(self, x):
+        a = self.conv(x)
+        zero = (a * float(self.bad)).sum((1, 2, 3)) * 0
+        return self.head(a.mean((2, 3))) + (zero.sqrt() if self.bad else zero)[:, None] * 0
+
+
+def test_a_gradient_that_is_not_finite_is_blamed_before_the_step_is_taken(tmp_path):
+    classifier = wrap(Steep(), layer="conv", normalization="none", size=16)
+    before = []
+
+    def report(progress):
+        classifier.model.bad = progress.step == 2
+        before[:] = [parameter.detach().clone() for parameter in classifier.model.parameters()]
+
+    config = ClassifierConfig(epochs=1, batch=4, augment="none")
+    with pytest.raises(FloatingPointError, match=r"epoch 0, step 2: norm of the gradient = nan; its images"):
+        train(classifier, Toy(), config, out=tmp_path, every=1, report=report, accelerator="cpu")
+    assert all(torch.equal(a, b) for a, b in zip(before, classifier.model.parameters(), strict=True))
+    assert checkpoint(tmp_path)["at"]["step"] == 2
+
+
+@pytest.mark.parametrize("clip", [None, 0.5])
+def test_a_step_of_update_is_that_of_the_optimizer_to_the_last_bit(clip):
+    rows = [torch.randn(5, 3, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
+    ours, plain = ([nn.Parameter(rows[0].clone()), nn.Parameter(rows[1].clone())] for _ in range(2))
+    update(torch.optim.SGD(ours, 0.1, 0.9), ours, [rows[2].clone(), None], clip=clip)
+    plain[0].grad = rows[2].clone()
+    if clip is not None:
+        plain[0].grad *= clip / (rows[2].norm() + 1e-6)
+    torch.optim.SGD(plain, 0.1, 0.9).step()
+    assert torch.equal(ours[0], plain[0])
+    assert torch.equal(ours[1], plain[1])
+    assert ours[0].grad is None
+
+
+@pytest.mark.parametrize(("fraction", "seen"), [(0.07, 7), (0.2, 20), (0.071, 8), (1e-9, 1), (1.0, 100)])
+def test_a_fraction_is_what_it_reads(fraction, seen):
+    recorder = Recorder()
+    fit(recorder, Toy(100, side=1), epochs=1, batch=50, fraction=fraction, accelerator="cpu")
+    assert len(recorder.seen) == seen
+
+
+def cells():
+    """A network with a batch norm of 1 x 1 features."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(4))
+    return wrap(model.append(nn.Flatten()).append(nn.Linear(4, 2)), layer="1", normalization="none", size=16)
+
+
+def test_a_last_batch_of_one_image_is_told_where_a_batch_norm_cannot_learn_from_it():
+    config = ClassifierConfig(epochs=1, batch=8, augment="none")
+    told = r"cannot learn from a single image, and 25 images by batch=8 leave a step of 1; take batch=7"
+    with pytest.raises(ValueError, match=told):
+        train(cells(), Toy(25), config, accelerator="cpu")
+    assert len(train(cells(), Toy(25), replace(config, batch=7), accelerator="cpu")) == 1
+    with pytest.raises(ValueError, match="1 images by batch=8 leave a step of 1; take more images"):
+        train(cells(), Toy(1), config, accelerator="cpu")
+    with pytest.raises(ValueError, match="something else"), few_images(25, 8, 1):
+        raise ValueError("something else")
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_the_batch_that_is_advised_leaves_no_process_a_single_image(processes):
+    for seen in range(1, 40):
+        for batch in range(1, 12):
+            with pytest.raises(ValueError, match="cannot learn") as told, few_images(seen, batch, processes):
+                raise ValueError("Expected more than 1 value per channel when training")
+            advice = re.search(r"take batch=(\d+)$", str(told.value))
+            sizes = range(1, seen + 1) if advice is None else [int(advice[1])]
+            steps = [[len(range(start, min(start + size, seen))) for start in range(0, seen, size)] for size in sizes]
+            shares = [min(len(range(rank, n, processes)) for n in each for rank in range(processes)) for each in steps]
+            assert (max(shares) < 2) is (advice is None)
 
 
 def test_a_checkpoint_of_other_settings_is_refused(tmp_path):

@@ -254,7 +254,23 @@ def one(thing: Any, classifier: Classifier, policy: str) -> tuple[Tensor, Tensor
     image = pictures.as_image(thing)
     x = pictures.fit(image, classifier.size, policy)
     photo = shrunk(image) if policy == "direct" else x
-    return photo, x if classifier.channels == 3 else gray(x)
+    return photo, in_channels(x, classifier.channels)
+
+
+def in_channels(image: Float[Tensor, "_ch h w"], channels: int, name: str = "the image") -> Float[Tensor, "_out h w"]:
+    """Return an image in the channels that a network reads: colors become luma where it reads one.
+
+    Raises:
+        ValueError: any other count than the network's.
+    """
+    if len(image) == channels:
+        return image
+    if (len(image), channels) == (3, 1):
+        return gray(image)
+    raise ValueError(
+        f"{name} has {len(image)} channels and the network reads {channels}; only colors for a network of one channel "
+        "are converted, to gray; take a network of 1 or 3 channels, or data that fits this one"
+    )
 
 
 def gray(image: Float[Tensor, "3 h w"]) -> Float[Tensor, "1 h w"]:

@@ -7,8 +7,9 @@ import base64
 import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -118,11 +119,12 @@ class Photo:
 
 @dataclass(frozen=True)
 class Case:
-    """The images on which a method does best and worst."""
+    """The images on which a method does best and worst, and whether the page has room for their pictures."""
 
     row: Row
     best: tuple[Example, ...]
     worst: tuple[Example, ...]
+    room: bool = True
 
 
 @dataclass(frozen=True)
@@ -154,7 +156,8 @@ def report(runs: Sequence[Run], *, roots: Sequence[Path], title: str = TITLE, im
     """Write runs as one HTML page; `roots` are the folders of the runs' files, from which pictures are read.
 
     The gallery shows the first `images` images that have pictures, as far as there is room: a page stays below ten
-    megabytes. Best and worst cases come from all that have.
+    megabytes. Best and worst cases come from all that have; where there are many, those of the first methods alone are
+    shown with pictures, in half of the room at most, and the page says so.
 
     Raises:
         ValueError: no runs, or not one root a run.
@@ -250,8 +253,8 @@ def _section(table: Table, roots: Sequence[Path], images: int, room: int) -> Sec
     """Gather what one table's part of the page shows, in at most `room` characters of pictures."""
     ranking = _ranking(table)
     ids = [name for name in table.rows[0].run.scores.ids if any(name in row.run.pictures for row in table.rows)]
-    cases = tuple(_case(row, ranking=ranking, roots=roots) for row in table.methods)
-    left = room - sum(len(shot.uri) for _, _, shot in _shots(table, (), cases))
+    cases = _with_room(table, [_case(row, ranking=ranking, roots=roots) for row in table.methods], room // 2)
+    left = room - _size(table, (), cases)
     photos = _fitting(table, (_photo(table, name, ranking=ranking, roots=roots) for name in ids[:images]), left)
     return Section(
         table=table,
@@ -270,11 +273,31 @@ def _fitting(table: Table, photos: Iterator[Photo], room: int) -> tuple[Photo, .
     """Return the first photos, as many as fit into so many characters."""
     kept: list[Photo] = []
     for photo in photos:
-        room -= sum(len(shot.uri) for _, _, shot in _shots(table, [photo], ()))
+        room -= _size(table, [photo], ())
         if room < 0:
             break
         kept.append(photo)
     return tuple(kept)
+
+
+def _with_room(table: Table, cases: Sequence[Case], room: int) -> tuple[Case, ...]:
+    """Return the cases, without pictures from the first one on that does not fit into so many characters."""
+    ends = accumulate(_size(table, (), [case]) for case in cases)
+    return tuple(case if end <= room else _without_pictures(case) for case, end in zip(cases, ends, strict=True))
+
+
+def _without_pictures(case: Case) -> Case:
+    """Return the case with its images and numbers alone."""
+    best, worst = (
+        tuple(replace(example, shot=Shot(example.shot.alt, reason=example.shot.reason)) for example in part)
+        for part in (case.best, case.worst)
+    )
+    return Case(case.row, best, worst, room=False)
+
+
+def _size(table: Table, photos: Sequence[Photo], cases: Sequence[Case]) -> int:
+    """Return how many characters the pictures take, where each is there once for every place that shows it."""
+    return sum(len(shot.uri) for _, _, shot in _shots(table, photos, cases))
 
 
 def _styles(table: Table) -> dict[str, str]:

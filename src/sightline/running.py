@@ -14,13 +14,13 @@ from sightline import models, viz
 from sightline.classifier import Absent, Classifier, Method
 from sightline.data import Dataset, Indexed, Sample, batches
 from sightline.datasets import DATASETS
-from sightline.evaluation import Explain, Log, Maps, Subject, Tally, check_explain, measured
-from sightline.explanation import laid
+from sightline.evaluation import Explain, Maps, Subject, Tally, check_explain, measured
+from sightline.explanation import in_channels, laid
 from sightline.images import fit
 from sightline.interchange import stored, write_map
 from sightline.maps import degenerate
 from sightline.metrics import METRICS, Measure
-from sightline.models._files import checksums
+from sightline.models._files import checksums, meanings
 from sightline.pieces import Pieces, cut, joined, maps_in, packed, packed_parts, unpacked_parts
 from sightline.processes import agreed, fabric_of, wait
 from sightline.protocols import PROTOCOLS
@@ -179,10 +179,26 @@ def reader_of(choice: Choice, classifier: Classifier) -> Callable[[], Dataset]:
 
 
 @dataclass(frozen=True)
+class Channeled:
+    """Samples whose images have the channels that the classifier reads (see `explanation.in_channels`)."""
+
+    source: Indexed[Sample]
+    channels: int
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int, /) -> Sample:
+        sample = self.source[index]
+        image = in_channels(sample.image, self.channels, sample.id)
+        return sample if image is sample.image else replace(sample, image=image)
+
+
+@dataclass(frozen=True)
 class Relabeled:
     """Samples whose labels are the numbers that the classifier gives to classes of the same names."""
 
-    source: Dataset
+    source: Indexed[Sample]
     numbers: tuple[int, ...]
     classes: int
 
@@ -215,13 +231,16 @@ class Relabeled:
 
 
 def labeled(dataset: Dataset, classifier: Classifier) -> Indexed[Sample]:
-    """Return the data set with the classifier's class numbers; classes meet by their names where both have names.
+    """Return the data set with the classifier's class numbers, and with its channels.
+
+    Classes meet by their names where both have names. An image of other channels is an error when it is read.
 
     Raises:
         ValueError: a class of the data set that the classifier does not have.
     """
+    seen = Channeled(dataset, classifier.channels)
     if not classifier.classes or not dataset.classes or dataset.classes == classifier.classes:
-        return dataset
+        return seen
     if missing := [name for name in dataset.classes if name not in classifier.classes]:
         raise ValueError(
             f"{len(missing)} classes of the data are none of the classifier's: "
@@ -229,7 +248,7 @@ def labeled(dataset: Dataset, classifier: Classifier) -> Indexed[Sample]:
             "(labels=false) and score the predicted class"
         )
     numbers = tuple(classifier.classes.index(name) for name in dataset.classes)
-    return Relabeled(dataset, numbers, len(classifier.classes))
+    return Relabeled(seen, numbers, len(classifier.classes))
 
 
 def run(
@@ -245,8 +264,9 @@ def run(
     """Explain and score everything that a specification asks for.
 
     Under `torchrun` each process takes its part of the pieces, and all return the same run; the first alone draws
-    pictures. With as many threads in each (torch's sums depend on them, and torchrun gives a process one) it is the same
-    for any number of processes, to the last bit. They meet in the folder `pieces`, from which also a call goes on that was killed.
+    pictures. With as many threads in each (torch's sums depend on them, and torchrun gives a process one) it is the
+    same for any number of processes, to the last bit. They meet in the folder `pieces`, from which also a call goes on
+    that was killed.
 
     Args:
         spec: what to do.
@@ -348,11 +368,12 @@ class Work:
         for name, texts in mine:
             self.maps.memory = dict(recalled)
             before, found = self.maps.seconds, dict[str, Mapping[str, Score]]()
-            for text in texts:
-                self.report(self.count, self.count, name)
-                protocol = with_objects(self.judges.protocols[text], self.on, self.spec)
-                found[text] = protocol(self.maps, self.on.classifier, First(self.on.samples, self.count))
-            store[name] = packed_parts(found, self.maps.seconds - before)
+            with self.maps.noted(self.on.classifier) as shown:
+                for text in texts:
+                    self.report(self.count, self.count, name)
+                    protocol = with_objects(self.judges.protocols[text], self.on, self.spec)
+                    found[text] = protocol(self.maps, self.on.classifier, First(self.on.samples, self.count))
+            store[name] = packed_parts(found, self.maps.seconds - before, shown)
 
     def made(self, store: Pieces) -> Iterator[tuple[str, int, Tensor, Tensor]]:
         """Yield the maps of all pieces with their images, in order: name, class, image, map."""
@@ -377,32 +398,42 @@ class Work:
 
     def scores(self, store: Pieces) -> Scores:
         """Return the scores of all pieces, in the order of the specification."""
-        found = joined((store[name] for name in self.images), self.metrics, self.on.classifier).scores()
-        made: dict[str, tuple[Score, ...]] = {score.metric.name: (score,) for score in found.scores}
-        seconds = found.seconds
+        tally = joined((store[name] for name in self.images), self.metrics, self.on.classifier)
+        made, seconds = dict[str, tuple[Score, ...]](), tally.seconds
         for name in self.protocols:
-            outcome, more = unpacked_parts(store[name])
+            outcome, more, shown = unpacked_parts(store[name])
+            tally.log.show(shown)
             for text, parts in outcome.items():
                 made[text] = tuple(replace(score, metric=Choice(part)) for part, score in parts.items())
             seconds += 0 if self.judges.metrics else more
+        found = tally.scores(self.on.classifier.classes or self.on.dataset.classes)
+        made |= {score.metric.name: (score,) for score in found.scores}
         listed = tuple(one for choice in self.spec.metrics for one in named_after(choice, made))
         return replace(found, scores=listed, seconds=seconds)
 
 
 def finished(spec: Spec, path: Path) -> Run | None:
-    """Return the run in a file, if it is of this specification and of the weights that are there now."""
+    """Return the run in a file, if it is of this specification, and of weights and manifests as they are now.
+
+    An older run, which does not say what the manifests were, is taken for one of those that are there.
+    """
     kept = Run.read(path) if path.exists() else None
-    same = kept is not None and kept.spec == spec and kept.arguments.get("weights") == weights_of(spec).get("weights")
-    return kept if same else None
+    if kept is None or kept.spec != spec:
+        return None
+    then, now = kept.arguments, weights_of(spec)
+    same = then.get("weights") == now.get("weights")
+    return kept if same and then.get("manifests", now.get("manifests")) == now.get("manifests") else None
 
 
 def weights_of(spec: Spec) -> dict[str, Any]:
-    """Return the checksums of the files that a specification names, as `weights`; nothing where there is none.
+    """Return checksums of the files that a specification names, as `weights`, and digests of their `manifests`.
 
-    A run that was made with other weights is another run, though its specification is the same.
+    A run that was made with other weights, or with another normalization of them, is another run, though its
+    specification is the same. There is neither entry where no file is named.
     """
-    found = checksums(spec.plain())
-    return {"weights": found} if found else {}
+    plain = spec.plain()
+    found = {"weights": checksums(plain), "manifests": meanings(plain)}
+    return {name: digests for name, digests in found.items() if digests}
 
 
 def shown_class(spec: Spec, classifier: Classifier) -> str:
@@ -458,6 +489,8 @@ def with_objects(protocol: Callable[..., T], on: Scene, spec: Spec) -> Callable[
     said = protocol.keywords if isinstance(protocol, partial) else {}
 
     def beside(one: Any) -> Classifier:
+        if Choice.of(one) == spec.model and spec.layer is None and spec.fast is None:
+            return on.classifier
         classifier = models.load(Choice.of(one))
         classifier.model.to(on.classifier.device)
         return classifier
@@ -479,7 +512,7 @@ def draw(spec: Spec, on: Scene, method: Maps, scores: Scores, folder: Path) -> d
     is_signed = signed(method.method)
     indices = worth_showing(scores)
     for batch in batches(on.samples, spec.batch, indices):
-        subject = Subject(method, on.classifier, batch.to(on.classifier.device), Log())
+        subject = Subject(method, on.classifier, batch.to(on.classifier.device))
         maps = subject.map(shown_class(spec, on.classifier))
         for name, x, raw in zip(batch.ids, batch.x, maps, strict=True):
             index, image = scores.ids.index(name), thumbnail(x)

@@ -47,6 +47,14 @@ Metrics: TypeAlias = Mapping[str, float]
 CHECKPOINT = "checkpoint.pt"
 
 
+class NotFiniteError(FloatingPointError):
+    """A step whose numbers are not finite: `numbers` says which are not."""
+
+    def __init__(self, numbers: Metrics) -> None:
+        super().__init__(", ".join(f"{name} = {value}" for name, value in numbers.items()))
+        self.numbers = numbers
+
+
 @runtime_checkable
 class Trainer(Protocol):
     """What `fit` drives."""
@@ -149,8 +157,10 @@ def fit(
     `out` goes on from there. The network stays on the device where it was trained.
 
     Raises:
-        ValueError: numbers out of range, no data, or a checkpoint that is broken or was made with other settings.
-        FloatingPointError: a metric is not finite; `out/nonfinite.json` names the images of that step.
+        ValueError: numbers out of range, no data, a checkpoint that is broken or was made with other settings, or so
+            few images in a step that a batch norm has no statistics.
+        FloatingPointError: a step whose metrics, gradient or weights are not finite; `out/nonfinite.json` names its
+            images, and no checkpoint is written after it.
     """
     if min(epochs, batch, every) < 1 or len(dataset) == 0 or not 0 < fraction <= 1:
         raise ValueError(
@@ -162,7 +172,7 @@ def fit(
     ends = {"first": dataset[0].id, "last": dataset[len(dataset) - 1].id}
     settings = {**numbers, **ends, "precision": precision, "augment": describe(named(augment)), **trainer.settings}
     folder = None if out is None else Path(out)
-    seen = math.ceil(fraction * len(dataset))
+    seen = max(1, math.ceil(round(fraction * len(dataset), 6)))  # 0.07 * 100 is a little more than 7
     steps, entered, stopped = math.ceil(seen / batch), -1, False
     with own_randomness(fabric.device), held_signals() as received:
         reseed(fabric.device, "setup", seed)
@@ -175,11 +185,14 @@ def fit(
             mine, share = part(fabric, indices)
             samples = [varied(dataset[i], augment, generator("augment", seed, epoch, i)) for i in mine]
             reseed(fabric.device, "step", seed, epoch, step)
-            found = trainer.step(collate(samples).to(fabric.device), share)
-            metrics, stopped = together(fabric, found, share, stop=bool(received))
-            if not all(math.isfinite(value) for value in metrics.values()):
-                ids = [dataset[i].id for i in indices]
-                raise FloatingPointError(nonfinite(metrics, written(fabric, folder), epoch=epoch, step=step, ids=ids))
+            try:
+                with few_images(seen, batch, fabric.world_size):
+                    found = trainer.step(collate(samples).to(fabric.device), share)
+                metrics, stopped = together(fabric, found, share, stop=bool(received))
+                finite(metrics)
+            except NotFiniteError as error:
+                ids, place = [dataset[i].id for i in indices], written(fabric, folder)
+                raise FloatingPointError(nonfinite(error.numbers, place, epoch=epoch, step=step, ids=ids)) from error
             at = at.after(metrics, len(indices) / seen, step + 1 == steps)
             if report is not None and fabric.is_global_zero:
                 report(Progress(epoch, epochs, step + 1, steps, metrics))
@@ -242,13 +255,52 @@ def update(
     *,
     clip: float | None = None,
 ) -> None:
-    """Take one step of the optimizer along these gradients, whose joint norm is first cut to `clip`."""
+    """Take one step of the optimizer along these gradients, whose joint norm is first cut to `clip`.
+
+    Raises:
+        NotFiniteError: the norm of the gradient before the step, which then is not taken, or of the weights after it.
+            Both are the same in every process.
+    """
     for parameter, gradient in zip(parameters, gradients, strict=True):
         parameter.grad = gradient
-    if clip is not None:
-        nn.utils.clip_grad_norm_(parameters, clip)
+    norm = nn.utils.clip_grad_norm_(parameters, math.inf if clip is None else clip)
+    finite({"norm of the gradient": float(norm)})
     optimizer.step()
     optimizer.zero_grad()
+    norms = torch.stack([torch.linalg.vector_norm(parameter.detach()).to(norm) for parameter in parameters])
+    finite({"norm of the weights": float(torch.linalg.vector_norm(norms))})
+
+
+def finite(numbers: Metrics) -> None:
+    """Check that all numbers are finite.
+
+    Raises:
+        NotFiniteError: one is not.
+    """
+    if not all(math.isfinite(value) for value in numbers.values()):
+        raise NotFiniteError(numbers)
+
+
+@contextmanager
+def few_images(seen: int, batch: int, processes: int) -> Iterator[None]:
+    """Say which batch would do where a batch norm gets a single value a channel: one image, of 1 x 1 features.
+
+    Raises:
+        ValueError: it does.
+    """
+    try:
+        yield
+    except ValueError as error:
+        if "Expected more than 1 value per channel" not in str(error):
+            raise
+        least = seen % batch or batch
+        where = f" in {processes} processes" if processes > 1 else ""
+        fitting = [size for size in range(2 * processes, seen + 1) if not 0 < seen % size < 2 * processes]
+        advice = f"take batch={min(fitting, key=lambda size: abs(size - batch))}" if fitting else "take more images"
+        raise ValueError(
+            f"a batch norm of 1 x 1 features cannot learn from a single image, and {seen} images by batch={batch} "
+            f"leave a step of {least}{where}; {advice}"
+        ) from error
 
 
 def synchronize(fabric: "Fabric", model: nn.Module) -> nn.Module:
@@ -341,7 +393,7 @@ def held_signals() -> Iterator[list[int]]:
 
 
 def nonfinite(metrics: Metrics, folder: Path | None, *, epoch: int, step: int, ids: Sequence[str]) -> str:
-    """Say that a metric is NaN or infinite, and keep what led there in `nonfinite.json`."""
+    """Say that a number is NaN or infinite, and keep what led there in `nonfinite.json`."""
     shown = {name: str(value) for name, value in metrics.items()}
     named = f"its images are {', '.join(ids[:4])}{' ...' if len(ids) > 4 else ''}"
     if folder is not None:

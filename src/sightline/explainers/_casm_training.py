@@ -186,9 +186,15 @@ class History:
         self.cap = cap
         self.states: list[State] = []
 
-    def keep(self, model: nn.Module) -> None:
-        """Copy the network's state; where `cap` are kept, it takes the place of a random one."""
+    def keep(self, model: nn.Module, fabric: "Fabric | None" = None) -> None:
+        """Copy the network's state; where `cap` are kept, it takes the place of a random one.
+
+        Of a fabric's processes all keep the first one's running statistics, which on the CPU are each process's own: so
+        all meet the same classifiers of the past, which are those of a checkpoint.
+        """
         state = {name: value.detach().to("cpu", copy=True) for name, value in model.state_dict().items()}
+        if fabric is not None:
+            state |= fabric.broadcast({name: state[name] for name, _ in model.named_buffers() if name in state})
         if len(self.states) < self.cap:
             self.states.append(state)
         else:
@@ -290,7 +296,7 @@ class CasmTrainer:
     def drawn(self) -> Classifier:
         """Keep the classifier where the thinning says so, and return the one that the mapping meets now."""
         if kept(self.config.thinning, self.done):
-            self.history.keep(self.classifier.model)
+            self.history.keep(self.classifier.model, self.fabric)
         state = self.history.draw(self.config.draw)
         if state is None:
             return self.classifier
