@@ -53,8 +53,8 @@ ALLOWED = {
     "hyperplanes": {"types", "classifier", "maps", "methods"},
     "windows": {"types", "classifier", "hooks", "layers"},
     "segmenting": {
-        *("backgrounds", "classifier", "data", "evaluation", "images", "interchange", "maps", "metrics", "models"),
-        *("protocols", "registry", "running", "runs", "settings", "types", "viz"),
+        *("backgrounds", "classifier", "data", "evaluation", "images", "interchange", "maps", "methods", "metrics"),
+        *("models", "protocols", "registry", "running", "runs", "settings", "types", "viz"),
     },
     "study": {
         "latex",

@@ -14,8 +14,18 @@ from hypothesis import strategies as st
 from scipy import ndimage
 from skimage.segmentation import felzenszwalb
 
-from sightline.backgrounds import RESOLVES, basic, confident, crf, labels_at, resolve_of, smooth, superpixel
-from sightline.runs import describe
+from sightline.backgrounds import (
+    RESOLVES,
+    basic,
+    confident,
+    crf,
+    labels_at,
+    refined_labels,
+    resolve_of,
+    smooth,
+    superpixel,
+)
+from sightline.runs import Choice, describe
 
 H, W = 17, 23
 CRF = importlib.util.find_spec("pydensecrf") is not None
@@ -215,6 +225,58 @@ def test_the_field_gets_labels_as_energies_and_the_image_in_bytes(field):
     assert torch.equal(found, torch.stack([labels == 1, labels == 2]).double())
 
 
+def spread(seen, image, maps, *, threshold):
+    """A refinement that no threshold undoes: labels, one pixel further to the right the higher the threshold."""
+    seen.append(threshold)
+    labels = labels_at(maps, range(len(maps)), threshold).roll(round(10 * threshold), 1)
+    return torch.stack([labels == n + 1 for n in range(len(maps))]).double()
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.2, 0.5), (0.3, 0.3)])
+def test_each_threshold_has_a_refinement_of_its_own(low, high):
+    """Joined as IRN joins them, pixel by pixel."""
+    image, maps, classes, seen = noise(3, H, W), noise(2, H, W, seed=1), (4, 11), []
+    found = refined_labels(image, maps, classes, low=low, high=high, refine=partial(spread, seen))
+    assert seen == sorted({low, high})
+    background, foreground = (labels_at(spread([], image, maps, threshold=t), classes, 0.5) for t in (low, high))
+    expected = torch.zeros(H, W, dtype=torch.long)
+    for r in range(H):
+        for c in range(W):
+            bg, fg = int(background[r, c]), int(foreground[r, c])
+            expected[r, c] = fg if fg else 255 if bg else 0
+    assert torch.equal(found, expected)
+    assert (low < high) == bool((found == 255).any())
+
+
+def test_without_a_map_all_is_background(field):
+    assert not refined_labels(noise(3, H, W), noise(0, H, W), (), low=0.1, high=0.2).any()
+
+
+@needs_crf
+def test_two_fields_are_those_of_irn():
+    """Of the very library, with IRN's numbers: `crf_inference_label` and `cam_to_ir_label`, written again."""
+    from pydensecrf.densecrf import DenseCRF2D
+
+    image, maps, classes = blocks(), noise(2, 16, 16, seed=4).float(), (3, 9)
+    maps[0, :8, 8:] += 0.3
+    pixels = np.ascontiguousarray((255 * image).round().byte().permute(1, 2, 0).numpy())
+    keys, found = np.array([0, 4, 10]), []
+    for t in (0.8, 0.4):
+        rough = np.argmax(np.concatenate([np.full((1, 16, 16), t, np.float32), maps.numpy()]), 0)
+        energy = np.full((3, 256), -np.log(0.3 / 2), np.float32)
+        energy[rough.ravel(), np.arange(256)] = -np.log(0.7)
+        made = DenseCRF2D(16, 16, 3)
+        made.setUnaryEnergy(energy)
+        made.addPairwiseGaussian(sxy=3, compat=3)
+        made.addPairwiseBilateral(sxy=50, srgb=5, rgbim=pixels, compat=10)
+        found.append(keys[np.argmax(np.array(made.inference(10)), 0).reshape(16, 16)])
+    expected = found[0].copy()
+    expected[found[0] == 0] = 255
+    expected[found[0] + found[1] == 0] = 0
+    assert np.array_equal(refined_labels(image, maps, classes, low=0.4, high=0.8).numpy(), expected)
+    assert 255 in expected
+
+
 def test_a_gray_image_has_three_equal_colors(field):
     image = noise(1, H, W)
     crf(image, noise(1, H, W))
@@ -364,6 +426,19 @@ def test_what_is_wrong_with_labels_is_said(plain):
 
 
 # Names
+
+
+@pytest.mark.parametrize("what", ["smooth", "superpixel?min_size=9", "basic", {"name": "smooth", "sigma": 2.0}])
+def test_maps_that_were_not_divided_stay_so(what):
+    image, maps = noise(3, H, W), 7 * noise(2, H, W)
+    found = resolve_of(what, divided=False)(image, maps)
+    name, settings = Choice.of(what).name, Choice.of(what).settings
+    raw = {} if name == "basic" else {"renormalize": False}
+    same(found, RESOLVES[name](image, maps, **settings, **raw))
+    assert float(found.amax()) > 1.5
+    if name != "basic":
+        asked = Choice(name, {**settings, "renormalize": True}).plain()
+        assert float(resolve_of(asked, divided=False)(image, maps).amax()) == 1
 
 
 def test_a_resolve_is_found_by_its_name_and_settings():

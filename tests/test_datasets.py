@@ -5,6 +5,7 @@ import struct
 import subprocess
 import sys
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from PIL import Image
 
 from sightline import datasets
 from sightline.data import Sample, batches
-from sightline.datasets import DATASETS, PARTS, cub_crops, folder, mnist
+from sightline.datasets import DATASETS, PARTS, _folder, cub_crops, folder, mnist
 from sightline.images import ImageError
 from sightline.registry import find
 
@@ -200,6 +201,35 @@ def test_a_folder_of_broken_files_only(tmp_path):
         (tmp_path / name).touch()
     with pytest.raises(ValueError, match=r"none of the 2 images in .* can be used; the first: .*a\.png is empty"):
         folder(tmp_path)
+
+
+@pytest.mark.parametrize("check", ["decode", "header"])
+def test_files_are_looked_at_a_part_at_a_time(tmp_path, monkeypatch, check):
+    for number in range(7):
+        picture(tmp_path / f"{number}.png", seed=number)
+    for broken in (2, 5):
+        (tmp_path / f"{broken}.png").write_bytes(b"")
+    asked = []
+
+    class Noting(ThreadPoolExecutor):
+        def map(self, function, listed):
+            asked.append(len(listed))
+            return super().map(function, listed)
+
+    monkeypatch.setattr(_folder, "ThreadPoolExecutor", Noting)
+    monkeypatch.setattr(_folder, "AT_ONCE", 3)
+    files = folder(tmp_path, size=8, check=check)
+    assert asked == [3, 3, 1]
+    assert files.files == ("0.png", "1.png", "3.png", "4.png", "6.png")
+    assert {name: reason.split(": ")[-1] for name, reason in files.skipped.items()} == {
+        name: f"{tmp_path / name} is empty (0 bytes)" for name in ("2.png", "5.png")
+    }
+
+
+def test_files_that_are_trusted_cost_nothing(tmp_path, monkeypatch):
+    picture(tmp_path / "a.png")
+    monkeypatch.setattr(_folder, "ThreadPoolExecutor", None)
+    assert folder(tmp_path, size=8, check="none").files == ("a.png",)
 
 
 def test_count_spreads_evenly(tmp_path):

@@ -1,6 +1,7 @@
 """Maps, labels and results in other tools' files: what is written is read, what is wrong is said."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from PIL import Image
 from torch.testing import assert_close
 
 from sightline.classifier import UnsuitedError
+from sightline.images import fit
 from sightline.interchange import (
     Cams,
     Detection,
@@ -21,10 +23,12 @@ from sightline.interchange import (
     for_quantus,
     of_captum,
     palette,
+    placed_labels,
     read_coco,
     read_irn,
     read_labels,
     read_map,
+    read_names,
     stored,
     write_coco,
     write_irn,
@@ -90,6 +94,31 @@ def test_an_irn_dictionary_comes_back(tmp_path, pickled):
     assert torch.equal(coarse.of(3), cams.cam[0])
 
 
+def test_irn_reads_what_is_written_for_it(tmp_path):
+    """By the lines of its programs that read: `step/cam_to_ir_label.py` and `step/make_sem_seg_labels.py`."""
+    cams = Cams(torch.tensor([3, 14]), torch.rand(2, 4, 5), torch.rand(2, 16, 20))
+    write_irn(tmp_path / "2007_000032.npy", cams, pickled=True)
+    cam_dict = np.load(os.path.join(tmp_path, "2007_000032" + ".npy"), allow_pickle=True).item()  # noqa: PTH118
+    assert type(cam_dict) is dict
+    assert list(cam_dict) == ["keys", "cam", "high_res"]
+    keys = np.pad(cam_dict["keys"] + 1, (1, 0), mode="constant")
+    assert keys.tolist() == [0, 4, 15]
+    planes = np.pad(cam_dict["high_res"], ((1, 0), (0, 0), (0, 0)), mode="constant", constant_values=0.3)
+    assert np.array_equal(planes[1:], cams.high_res.numpy())
+    assert (planes.dtype, type(cam_dict["high_res"])) == (np.float32, np.ndarray)
+    assert torch.equal(cam_dict["cam"].cpu(), cams.cam)
+    assert (cam_dict["cam"].dtype, cam_dict["keys"].dtype) == (torch.float32, torch.int64)
+
+
+def test_the_same_maps_are_the_same_pickle(tmp_path):
+    found, kept = [], []
+    for number in range(3):
+        kept.append(torch.rand(number + 1))
+        cams = Cams(torch.arange(2), torch.arange(40.0).view(2, 4, 5), torch.ones(2, 16, 20))
+        found.append(write_irn(tmp_path / f"{number}.npy", cams, pickled=True).read_bytes())
+    assert found[0] == found[1] == found[2]
+
+
 def test_irn_s_own_pickle_is_read_as_irn_writes_it_and_only_when_asked_for(tmp_path, plain):
     np.save(tmp_path / "a.npy", {"keys": torch.tensor([1]), "cam": torch.ones(1, 2, 2), "high_res": np.ones((1, 8, 8))})
     with pytest.raises(ValueError, match="runs code of whoever wrote it; if you trust it, say pickled=true"):
@@ -115,6 +144,33 @@ def test_label_maps_have_voc_s_palette_and_keep_255(tmp_path):
     Image.new("RGB", (3, 3)).save(tmp_path / "c.png")
     with pytest.raises(ValueError, match="holds colors, not labels"):
         read_labels(tmp_path / "c.png")
+
+
+def test_a_folder_says_what_its_label_maps_mean(tmp_path):
+    assert read_names(tmp_path) == ()
+    (tmp_path / "segment.json").write_text('{"names": ["background", "newt"], "threshold": 0.3}')
+    for folder in ("labels", "other"):
+        (tmp_path / folder).mkdir()
+    assert read_names(tmp_path) == read_names(tmp_path / "labels") == ("background", "newt")
+    assert read_names(tmp_path / "other") == ()
+    for text in ("[", "[]", '{"names": 3}'):
+        (tmp_path / "segment.json").write_text(text)
+        with pytest.raises(ValueError, match=r"segment\.json does not say what label maps mean"):
+            read_names(tmp_path)
+
+
+@pytest.mark.parametrize("policy", ["direct", "crop", "crop256"])
+@pytest.mark.parametrize("source", [(20, 30), (30, 20), (7, 7)])
+def test_labels_go_where_the_picture_goes(policy, source):
+    """The picture holds the label map's rows and columns: each pixel of the labels is within one of what it shows."""
+    rows, columns = torch.meshgrid(torch.arange(source[0]), torch.arange(source[1]), indexing="ij")
+    found = [placed_labels(one, (9, 11), policy) for one in (rows, columns)]
+    shown = fit(torch.stack([rows, columns]).float() / 30, (9, 11), policy) * 30
+    for one, other in zip(found, shown, strict=True):
+        assert one.shape == (9, 11)
+        assert (one - other).abs().max() < 2
+        assert (one.float().mean() - other.mean()).abs() < 0.6
+    assert placed_labels(rows, source, "direct").equal(rows)
 
 
 def palette_by_bits():

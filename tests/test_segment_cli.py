@@ -56,7 +56,17 @@ def test_it_tells_what_came_out_and_where(capsys, tmp_path):
     assert (out / "contact.png").exists()
     assert len(list((out / "irn").iterdir())) == 3
     claim = json.loads((out / "segment.json").read_text())
-    assert (claim["method"], claim["model"], claim["threshold"], claim["irn"]) == ("cam", "creatures", [0.1, 0.3], True)
+    assert (claim["method"], claim["model"], claim["threshold"]) == ("cam", "creatures", [0.1, 0.3])
+    assert claim["irn"] == "npy"
+
+
+@pytest.mark.parametrize(
+    ("given", "ending"), [(["--irn"], ".npy"), (["--irn", "npz"], ".npz"), (["--irn=npy"], ".npy")]
+)
+def test_irn_s_dictionaries_come_in_both_forms(capsys, tmp_path, given, ending):
+    code, _, err = call(capsys, "--data", SCENES, "--images", 1, *given, "--out", tmp_path / "out")
+    assert code == 0, err
+    assert [path.suffix for path in (tmp_path / "out" / "irn").iterdir()] == [ending]
 
 
 def test_skipped_pictures_are_told(capsys, tmp_path, pictures):
@@ -112,6 +122,8 @@ def test_a_file_says_it_all_and_options_win(capsys, tmp_path):
         (["--data", "folder"], "folder needs root="),
         (["--model", "no_such"], "no_such"),
         (["--batch", "0"], "--batch"),
+        (["--irn", "np"], "'np' is not one of 'npy', 'npz'"),
+        (["--resolve", "crf?threshold=0.2"], "leave out crf?threshold="),
         (["--spec", "nowhere.toml"], "no file nowhere.toml"),
         (["--set", "samples"], "--set key=value"),
     ],
@@ -159,10 +171,11 @@ def test_help_imports_no_torch():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "False"
     assert "torchrun" in done.stdout
+    assert "--normalize none --threshold 0" in " ".join(done.stdout.split())
 
 
 def test_torchrun_writes_the_bytes_of_one_process(capsys, tmp_path):
-    options = ["--data", SCENES, "--batch", "1", "--resolve", "superpixel?min_size=10", "--out"]
+    options = ["--data", SCENES, "--batch", "1", "--resolve", "superpixel?min_size=10", "--irn", "--out"]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command = [*launcher, "-m", "sightline", "segment", *options, str(tmp_path / "two")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -172,7 +185,7 @@ def test_torchrun_writes_the_bytes_of_one_process(capsys, tmp_path):
     assert call(capsys, *options, tmp_path / "one")[0] == 0
     found = {name: contents(tmp_path / name) for name in ("one", "two")}
     assert found["one"] == found["two"]
-    assert len(found["one"]) == 6 + 3
+    assert len(found["one"]) == 6 + 6 + 3
     assert sorted(path.name for path in (tmp_path / "two" / "done").iterdir()) == ["0.jsonl", "1.jsonl"]
     with Image.open(tmp_path / "two" / "labels" / "creatures-scenes-test-00000-s0.png") as picture:
         assert picture.mode == "P"

@@ -1,6 +1,7 @@
 """Training segmenters: the loss by loops, image and mask moving together, resuming, pseudo labels."""
 
 import copy
+import json
 import math
 import re
 from dataclasses import replace
@@ -16,7 +17,8 @@ from torch import nn
 from sightline.classifier import UnsuitedError, wrap
 from sightline.classifier_training import AUGMENTATIONS, augmentation
 from sightline.data import Sample, collate
-from sightline.datasets import creatures
+from sightline.datasets import creatures, folder
+from sightline.explainers import _segmenter_training
 from sightline.explainers._segmenter import Segmenter, log_odds, mini_seg
 from sightline.explainers._segmenter_training import (
     COLORING,
@@ -31,7 +33,9 @@ from sightline.explainers._segmenter_training import (
     train_segmenter,
 )
 from sightline.interchange import write_labels
+from sightline.running import Relabeled
 from sightline.training import Joint, Trainer, fit, remember
+from sightline.viz import to_pil
 
 TINY = {"widths": (4, 6, 8, 10), "width": 5, "size": 32}
 
@@ -364,7 +368,7 @@ def test_pseudo_labels_may_leave_out_the_ending_of_a_picture(tmp_path, plain):
 
 @pytest.mark.parametrize("inner", ["", "labels"])
 def test_pseudo_labels_take_the_place_of_masks(inner, tmp_path):
-    toy, folder = Toy(4), tmp_path / inner
+    toy, folder = [replace(one, size=(48, 80)) for one in Toy(4).samples], tmp_path / inner
     for n in range(3):
         large = torch.full((48, 80), 1)
         large[1::3, 2::5] = toy[n].mask.flip(0)
@@ -383,6 +387,117 @@ def test_pseudo_labels_take_the_place_of_masks(inner, tmp_path):
     Image.new("RGB", (4, 4)).save(folder / "toy/3.png")
     with pytest.raises(ValueError, match="holds colors, not labels"):
         pseudo[3]
+
+
+def named(folder, *names):
+    """Say in a folder what the values of its label maps mean."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "segment.json").write_text(json.dumps({"names": ["background", *names]}))
+
+
+@pytest.mark.parametrize("given", ["", "labels"])
+def test_classes_of_pseudo_labels_meet_by_their_names(given, tmp_path):
+    toy = Toy(2)
+    values = torch.tensor([[0, 1, 2, 3, 255, 2]]).repeat_interleave(3, 1)[:, :16].expand(16, 16)
+    for sample in toy.samples:
+        write_labels(tmp_path / "labels" / f"{sample.id}.png", values)
+    named(tmp_path, "newt", "pip", "crane")
+    order = ("crane", "newt", "pip", "heron")
+    theirs = {0: 0, 1: 2, 2: 3, 3: 1, 255: 255}
+    expected = torch.tensor([[theirs[value] for value in row] for row in values.tolist()])
+    assert torch.equal(Pseudo(toy, tmp_path / given, order)[1].mask, expected)
+    assert torch.equal(Pseudo(toy, tmp_path / given, ("newt", "pip", "crane"))[1].mask, values)
+    assert torch.equal(Pseudo(toy, tmp_path / given)[1].mask, values)
+    text = r"holds 3, which segment.json calls 'crane', and the segmenter has no such class: .*'crane'.* newt, pip"
+    with pytest.raises(ValueError, match=text):
+        Pseudo(toy, tmp_path / given, ("newt", "pip"))[0]
+    with pytest.raises(ValueError, match=r"'crane', .*: two classes are called so"):
+        Pseudo(toy, tmp_path / given, ("newt", "pip", "crane", "crane"))[0]
+    named(tmp_path, "pip", "newt")
+    with pytest.raises(ValueError, match=r"toy/0\.png holds 3, for which segment\.json has no name"):
+        Pseudo(toy, tmp_path / given, order)[0]
+    (tmp_path / "segment.json").write_text("[")
+    with pytest.raises(ValueError, match=r"segment\.json does not say what label maps mean"):
+        Pseudo(toy, tmp_path / given, order)
+
+
+def test_label_maps_that_nobody_names_keep_their_numbers(tmp_path):
+    toy = Toy(1)
+    write_labels(tmp_path / "toy" / "0.png", toy[0].mask)
+    assert torch.equal(Pseudo(toy, tmp_path, ("red", "blue"))[0].mask, toy[0].mask)
+    named(tmp_path)
+    assert torch.equal(Pseudo(toy, tmp_path, ("red", "blue"))[0].mask, toy[0].mask)
+    named(tmp_path.parent, "blue", "red")
+    (tmp_path / "segment.json").unlink()
+    assert torch.equal(Pseudo(toy, tmp_path, ("red", "blue"))[0].mask, toy[0].mask)
+    (tmp_path.parent / "segment.json").unlink()
+
+
+def test_a_segmenter_learns_the_same_from_labels_in_another_order(tmp_path):
+    """The data calls red 0 and blue 1, the labels blue 1 and red 2."""
+    toy = Toy(7)
+    swapped = torch.full((256,), 255)
+    swapped[:3] = torch.tensor([0, 2, 1])
+    for sample in toy.samples:
+        write_labels(tmp_path / "labels" / f"{sample.id}.png", swapped[sample.mask])
+    named(tmp_path, "blue", "red")
+    found, expected = (replace(tiny(), classes=("red", "blue")) for _ in range(2))
+    bare = [replace(sample, mask=None) for sample in toy.samples]
+    train_segmenter(found, bare, quick(labels=str(tmp_path)), accelerator="cpu")
+    train_segmenter(expected, toy, quick(), accelerator="cpu")
+    for ours, theirs in zip(found.model.parameters(), expected.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("policy", ["direct", "crop", "crop256"])
+@pytest.mark.parametrize("wide", [True, False])
+def test_label_maps_of_original_pictures_go_where_the_pictures_go(policy, wide, tmp_path):
+    """The picture shows its own labels as gray values, in blocks: what the label map says is what the picture shows."""
+    labels = torch.zeros(64, 144, dtype=torch.long)
+    for row in range(4):
+        for column in range(9):
+            labels[16 * row : 16 * row + 16, 16 * column : 16 * column + 16] = 9 * row + column + 1
+    labels = labels if wide else labels.T.contiguous()
+    to_pil((labels / 64.0).expand(3, -1, -1)).save(mkdir(tmp_path / "pictures") / "a.png")
+    write_labels(tmp_path / "labels" / "a.png", labels)
+    pictures = folder(tmp_path / "pictures", size=32, resize=policy)
+    sample = Pseudo(pictures, tmp_path / "labels")[0]
+    shown = (sample.image[0] * 64).round().long()
+    assert sample.mask.shape == (32, 32)
+    assert (sample.mask == shown).float().mean() > (0.6 if policy == "direct" else 0.8)
+    assert {*sample.mask.unique().tolist()} <= {*labels.unique().tolist()}
+    again = Pseudo(wrapped(pictures), tmp_path / "labels")[0]
+    assert torch.equal(again.mask, sample.mask)
+    write_labels(tmp_path / "labels" / "a.png", shown.clamp(max=36))
+    assert torch.equal(Pseudo(pictures, tmp_path / "labels")[0].mask, shown.clamp(max=36))
+
+
+def mkdir(path):
+    path.mkdir()
+    return path
+
+
+def wrapped(pictures):
+    """A data set in another one, as where classes are given other numbers."""
+    return Relabeled(pictures, (), 0)
+
+
+@pytest.mark.parametrize(("size", "told"), [((64, 144), "(64, 144)"), (None, "of unknown size")])
+def test_label_maps_of_another_size_are_refused(size, told, tmp_path):
+    write_labels(tmp_path / "a.png", torch.zeros(40, 90, dtype=torch.long))
+    text = f"a.png is (40, 90) pixels, its image (32, 32), the original picture {told}; make labels of one of these"
+    with pytest.raises(ValueError, match=re.escape(text)):
+        Pseudo([Sample("a", torch.rand(3, 32, 32), size=size)], tmp_path)[0]
+
+
+def test_pseudo_labels_are_read_once(tmp_path, monkeypatch):
+    toy, reads = Toy(4), []
+    for sample in toy.samples:
+        write_labels(tmp_path / f"{sample.id}.png", sample.mask)
+    read = _segmenter_training.read_labels
+    monkeypatch.setattr(_segmenter_training, "read_labels", lambda file: [reads.append(file.name), read(file)][1])
+    train_segmenter(tiny(), toy, quick(epochs=3, labels=str(tmp_path)), accelerator="cpu")
+    assert sorted(reads) == [f"{n}.png" for n in range(4)]
 
 
 def test_a_training_on_pseudo_labels_is_one_on_masks_that_are_equal(tmp_path):

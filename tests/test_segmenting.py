@@ -3,12 +3,14 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -21,9 +23,12 @@ from torch.nn.functional import interpolate
 from sightline import models, segmenting, viz
 from sightline.backgrounds import resolve_of
 from sightline.datasets import DATASETS
-from sightline.interchange import read_irn, read_labels
+from sightline.explainers._segmenter_training import Pseudo
+from sightline.interchange import read_irn, read_labels, read_names
+from sightline.learning import learn
 from sightline.methods import cam, grad_cam
 from sightline.protocols import segmentation
+from sightline.recipes import Recipe
 from sightline.runs import Choice, arguments
 from sightline.segmenting import Manifest, Segmenting, file_of, repeated, segment
 
@@ -284,6 +289,22 @@ def test_a_folder_belongs_to_one_segmenting(whole, change, told):
     assert contents(whole[0]) == before
 
 
+def test_a_folder_of_before_there_were_names_gets_them(whole, tmp_path):
+    """Claims said irn = false then, and lines had the ids of their images."""
+    out = tmp_path / "out"
+    shutil.copytree(whole[0], out)
+    claim = json.loads((out / "segment.json").read_text())
+    del claim["names"]
+    (out / "segment.json").write_text(json.dumps({**claim, "irn": False}))
+    older = [{**{k: v for k, v in one.items() if k != "images"}, "ids": ["a"] * one["images"]} for one in lines(out)]
+    (out / "done" / "0.jsonl").write_text("".join(json.dumps(one) + "\n" for one in older))
+    (out / "manifest.json").unlink()
+    with pytest.raises(ValueError, match=r"threshold was 0\.2 and is 0\.3; delete"):
+        segment(replace(TINY, threshold=0.3), out)
+    assert segment(TINY, out) == whole[1]
+    assert contents(out) == contents(whole[0])
+
+
 def test_a_folder_without_labels_may_change_hands(tmp_path):
     with pytest.raises(ValueError, match="5 superpixel"):
         failing(tmp_path)
@@ -298,7 +319,7 @@ def failing(out):
         raise ValueError("5 superpixels")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(segmenting, "resolve_of", lambda what: broken)
+        patch.setattr(segmenting, "resolve_of", lambda what, divided: broken)
         segment(TINY, out)
 
 
@@ -362,7 +383,7 @@ def test_the_network_can_say_which_classes_compete(scenes, classifier, tmp_path)
     assert len({str(listed) for listed in expected.values()}) == 5
     for number, (name, listed) in enumerate(expected.items()):
         out = tmp_path / str(number)
-        segment(replace(TINY, classes=Choice.parse(name), images=3, irn=True), out)
+        segment(replace(TINY, classes=Choice.parse(name), images=3, irn="npz"), out)
         for index, classes in enumerate(listed):
             sample = scenes[index]
             found = read_irn(out / "irn" / f"{sample.id}.npz")
@@ -373,21 +394,24 @@ def test_the_network_can_say_which_classes_compete(scenes, classifier, tmp_path)
             }
 
 
-def test_irn_files_hold_the_maps_whose_threshold_gives_the_labels(pictures, tmp_path):
+@pytest.mark.parametrize("form", ["npz", "npy"])
+def test_irn_files_hold_the_maps_whose_threshold_gives_the_labels(pictures, tmp_path, form):
     data = Choice("folder", {"root": str(pictures)})
-    segment(replace(TINY, data=data, classes=Choice("top", {"most": 2}), irn=True, images=3), tmp_path / "out")
-    files = sorted((tmp_path / "out" / "irn").rglob("*.npz"))
+    segment(replace(TINY, data=data, classes=Choice("top", {"most": 2}), irn=form, images=3), tmp_path / "out")
+    files = sorted((tmp_path / "out" / "irn").rglob(f"*.{form}"))
     assert len(files) == 3
     for path in files:
         labels = read_labels(
             tmp_path / "out" / "labels" / path.relative_to(tmp_path / "out" / "irn").with_suffix(".png")
         )
-        kept = read_irn(path)
+        kept = read_irn(path, pickled=form == "npy")
         h, w = labels.shape
         assert kept.high_res.shape == (2, h, w)
         assert kept.cam.shape == (2, (h - 1) // 4 + 1, (w - 1) // 4 + 1)
         small = interpolate(kept.high_res[None], tuple(kept.cam.shape[1:]), mode="bilinear", align_corners=False)[0]
-        assert torch.equal(kept.cam, small)
+        cut = torch.where(small > 0, small, 0)
+        assert torch.equal(kept.cam, cut / cut.amax((1, 2), keepdim=True))
+        assert kept.cam.amax((1, 2)).tolist() == [1, 1]
         keys = [0, *(kept.keys + 1).tolist()]
         planes = torch.cat([torch.full((1, h, w), 0.2), kept.high_res])
         assert (torch.tensor(keys)[planes.argmax(0)] == labels).float().mean() > 0.999
@@ -412,7 +436,7 @@ def test_classes_of_other_names_do_not_matter_where_the_network_says(pictures, t
 
 def test_an_image_with_no_class_is_background(tmp_path, monkeypatch):
     monkeypatch.setitem(segmenting.COMPETE, "labels", lambda classifier, batch, count: [()] * len(batch))
-    manifest = segment(replace(TINY, images=2, irn=True), tmp_path / "out")
+    manifest = segment(replace(TINY, images=2, irn="npz"), tmp_path / "out")
     assert (manifest.background, manifest.ignored, manifest.classes) == (2 * 64 * 64, 0, {})
     kept = read_irn(next((tmp_path / "out" / "irn").iterdir()))
     assert (kept.keys.tolist(), kept.high_res.shape, kept.cam.shape) == ([], (0, 64, 64), (0, 16, 16))
@@ -564,14 +588,16 @@ def test_a_specification_reads_what_it_writes(tmp_path):
         "classes": "predicted?above=0.25",
         "normalize": "unit",
         "size": "input",
-        "irn": True,
+        "irn": "npz",
         "batch": 4,
         "images": 2,
         "seed": 3,
         "layer": "layer3",
     }
     spec = Segmenting.of(table)
-    assert (spec.low, spec.high, spec.batch, spec.irn) == (0.05, 0.3, 4, True)
+    assert (spec.low, spec.high, spec.batch, spec.irn) == (0.05, 0.3, 4, "npz")
+    forms = [Segmenting.of({**table, "irn": said}).irn for said in (True, False, "npy", None)]
+    assert forms == ["npy", None, "npy", None]
     assert spec.resolve == Choice("smooth", {"sigma": 3})
     assert Segmenting.of(spec.plain()) == spec
     assert Segmenting.of({**table, "threshold": 1}).threshold == 1.0
@@ -599,7 +625,9 @@ PLAIN = {"model": "creatures", "data": "creatures", "method": "cam"}
         ({**PLAIN, "batch": 0}, ValueError, "batch >= 1"),
         ({**PLAIN, "images": -1}, ValueError, "images >= 0"),
         ({**PLAIN, "batch": 2.5}, TypeError, "expected batch to be int, got 2.5"),
-        ({**PLAIN, "irn": 1}, TypeError, "expected irn to be bool"),
+        ({**PLAIN, "irn": 1}, TypeError, "expected irn to be one of npy, npz, or true or false, got 1"),
+        ({**PLAIN, "irn": "np"}, LookupError, "form of IRN's dictionaries called 'np'"),
+        ({**PLAIN, "resolve": "crf?threshold=0.2"}, ValueError, "leave out crf\\?threshold="),
         ({**PLAIN, "size": "orignal"}, LookupError, "original"),
         ({**PLAIN, "normalize": "maximum"}, LookupError, "normalization"),
     ],
@@ -694,9 +722,203 @@ def test_arguments_are_recorded_in_full(whole):
 
 def test_each_batch_keeps_what_is_known_of_it(whole):
     records = sorted(lines(whole[0]), key=lambda record: record["batch"])
-    assert [len(record["ids"]) for record in records] == [2, 2, 2, 1]
+    assert [record["images"] for record in records] == [2, 2, 2, 1]
     for record in records:
-        assert sum(record["pixels"].values()) == 64 * 64 * len(record["ids"])
+        assert sum(record["pixels"].values()) == 64 * 64 * record["images"]
         assert list(record["seconds"]) == ["read", "explain", "resolve", "write", "all"]
         assert record["degenerate"] == record["skipped"] == []
-    assert Path(whole[0] / "labels" / f"{records[0]['ids'][0]}.png").exists()
+
+
+def test_lines_do_not_grow_with_the_batch_and_are_read_twice_at_most(tmp_path, monkeypatch):
+    """Once for what is to do, once for what came out."""
+    read, readings = segmenting.records, []
+    monkeypatch.setattr(segmenting, "records", lambda folder: [readings.append(folder), read(folder)][1])
+    sizes = []
+    for batch in (1, 7):
+        segment(replace(TINY, batch=batch), tmp_path / str(batch))
+        sizes.append(max(len(json.dumps({**one, "seconds": 0, "pixels": 0})) for one in lines(tmp_path / str(batch))))
+    assert sizes[0] == sizes[1]
+    assert len(readings) == 4
+
+
+def test_a_folder_says_what_its_values_mean(whole, tmp_path, monkeypatch, classifier):
+    assert json.loads((whole[0] / "segment.json").read_text())["names"] == ["background", *classifier.classes]
+    names = DATASETS["creatures"]().classes
+    monkeypatch.setattr(models, "load", lambda choice: replace(classifier, classes=()))
+    segment(replace(TINY, images=1), tmp_path / "out")
+    assert read_names(tmp_path / "out" / "labels") == ("background", *names)
+
+
+def test_a_segmenter_of_class_folders_gets_its_own_numbers(pictures, tmp_path, classifier):
+    """The folders' classes are 0 and 1; the classifier that makes the labels has 20, in another order."""
+    data = Choice("folder", {"root": str(pictures)})
+    segment(replace(TINY, data=data, normalize="unit"), tmp_path / "out")
+    samples = DATASETS["folder"](pictures, size=32)
+    theirs = [classifier.classes.index(name) for name in samples.classes]
+    assert theirs != [0, 1]
+    pseudo = Pseudo(samples, tmp_path / "out", samples.classes)
+    for index in range(len(samples)):
+        mask = pseudo[index].mask
+        assert {*mask.unique().tolist()} == {0, samples[index].label + 1}
+
+
+@pytest.mark.parametrize("resize", ["direct", "crop", "crop256"])
+def test_a_segmenter_learns_from_labels_of_the_original_pictures(pictures, tmp_path, resize):
+    data = Choice("folder", {"root": str(pictures)})
+    segment(replace(TINY, data=data, normalize="unit"), tmp_path / "out")
+    network = {"name": "mini_seg", "widths": [4, 6, 8, 10], "width": 5, "size": 32}
+    settings = {"labels": str(tmp_path / "out"), "epochs": 1, "batch": 3, "augment": "none"}
+    told = {"data": {**data.plain(), "resize": resize}, "model": network, "settings": settings}
+    path = learn("segmenter", Recipe.of(told), tmp_path / "net")
+    assert json.loads(path.with_suffix(".json").read_text())["extra"]["images"] == 6
+
+
+class Fields:
+    """What stands in for the library: shapes and images are noted, and foreground floods one pixel to the right."""
+
+    made: list["Fields"] = []  # noqa: RUF012
+
+    def __init__(self, width, height, labels):
+        self.shape = labels, height, width
+        Fields.made.append(self)
+
+    def setUnaryEnergy(self, energy):  # noqa: N802
+        self.energy = energy
+
+    def addPairwiseGaussian(self, **settings): ...  # noqa: N802
+
+    def addPairwiseBilateral(self, *, rgbim, **settings):  # noqa: N802
+        self.pixels = rgbim
+
+    def inference(self, iterations):
+        return flooded(torch.from_numpy(self.energy).argmin(0).view(self.shape[1:]), self.shape[0]).flatten(1).numpy()
+
+
+def flooded(labels, count):
+    """One-hot labels after each pixel of background has taken the label on its left."""
+    labels = torch.where(labels > 0, labels, labels.roll(1, 1))
+    return (torch.arange(count)[:, None, None] == labels).float()
+
+
+@pytest.fixture
+def library(monkeypatch):
+    module = ModuleType("pydensecrf.densecrf")
+    module.DenseCRF2D = Fields
+    monkeypatch.setitem(sys.modules, "pydensecrf", ModuleType("pydensecrf"))
+    monkeypatch.setitem(sys.modules, "pydensecrf.densecrf", module)
+    Fields.made.clear()
+
+
+@pytest.mark.parametrize("size", ["original", "input"])
+@pytest.mark.parametrize("threshold", [(0.1, 0.4), 0.2])
+def test_each_threshold_has_a_crf_at_the_size_of_the_labels(library, pictures, tmp_path, classifier, size, threshold):
+    low, high = threshold if isinstance(threshold, tuple) else (threshold, threshold)
+    data, crf = Choice("folder", {"root": str(pictures)}), Choice("crf", {"iterations": 3})
+    spec = replace(TINY, data=data, resolve=crf, threshold=threshold, size=size, images=1, irn="npz")
+    segment(replace(spec, classes=Choice("top")), tmp_path / "out")
+    sample = DATASETS["folder"](pictures, size=64)[0]
+    label = int(classifier(sample.image[None]).argmax())
+    maps = slow_maps(classifier, sample, [label])
+    sides = sample.size if size == "original" else (64, 64)
+    maps = interpolate(maps[None], sides, mode="bilinear", align_corners=False)[0]
+    background, foreground = (flooded((maps[0] > level).long(), 2)[1] for level in (low, high))
+    expected = torch.zeros(sides, dtype=torch.long)
+    for i in range(sides[0]):
+        for j in range(sides[1]):
+            expected[i, j] = label + 1 if foreground[i, j] else 255 if background[i, j] else 0
+    assert torch.equal(read_labels(tmp_path / "out" / "labels" / "common pip" / "0.png"), expected)
+    assert (expected == 255).any() == (low < high)
+    ran = [made for made in Fields.made if made.shape[1:] == sides]
+    assert len(ran) == (2 if low < high else 1)
+    assert all(made.pixels.shape == (*sides, 3) for made in ran)
+    assert np.abs(ran[0].pixels.mean((0, 1)) - 255 * sample.image.mean((1, 2)).numpy()).max() < 2
+    kept = read_irn(tmp_path / "out" / "irn" / "common pip" / "0.npz")
+    assert torch.equal(kept.high_res, maps.float())
+
+
+@pytest.mark.parametrize(("asked", "divided"), [({}, False), ({"renormalize": True}, True)])
+def test_smoothing_keeps_maps_as_they_were_asked_for(tmp_path, scenes, classifier, asked, divided):
+    """Nothing divides the maps by their maximum, unless the settings say so."""
+    resolve = {"name": "smooth", "size": 5, "sigma": 2.0}
+    spec = replace(TINY, normalize="none", resolve=Choice.of({**resolve, **asked}), threshold=0.9, images=1)
+    segment(spec, tmp_path / "out")
+    sample = scenes[0]
+    raw = [cam(classifier, sample.image[None], torch.tensor([label])).double() for label in present(sample)]
+    large = torch.cat([interpolate(one, (64, 64), mode="bilinear", align_corners=False)[0] for one in raw])
+    maps = resolve_of({**resolve, "renormalize": divided})(sample.image, large)
+    found = read_labels(tmp_path / "out" / "labels" / f"{sample.id}.png")
+    assert torch.equal(found, slow_labels(maps, present(sample), 0.9, 0.9))
+    assert not torch.equal(found, slow_labels(maps / 2, present(sample), 0.9, 0.9))
+    claim = json.loads((tmp_path / "out" / "segment.json").read_text())
+    assert claim["arguments"]["resolve"]["renormalize"] is divided
+
+
+def counted(monkeypatch, classifier):
+    """How many images each run of the network gets."""
+    seen, original = [], models.load
+
+    def load(choice):
+        loaded = original(choice)
+        loaded.model.register_forward_hook(lambda module, given, out: seen.append(len(given[0])))
+        return loaded
+
+    monkeypatch.setattr(models, "load", load)
+    return seen
+
+
+@pytest.mark.parametrize("method", ["cam", "rise?samples=4"])
+def test_all_classes_of_a_batch_cost_the_passes_of_one(tmp_path, monkeypatch, classifier, method):
+    passes = {}
+    for most in (1, 4):
+        with monkeypatch.context() as patch:
+            seen = counted(patch, classifier)
+            spec = replace(TINY, method=Choice.parse(method), classes=Choice("top", {"most": most}))
+            segment(spec, tmp_path / str(most))
+        passes[most] = seen
+    assert passes[1] == passes[4]
+
+
+def test_images_with_different_numbers_of_classes_get_their_own_maps(tmp_path, monkeypatch, scenes, classifier):
+    listed = {"a": (), "b": (3,), "c": (0, 7, 12), "d": (19, 3)}
+
+    def some(classifier, batch, count, /):
+        return [listed[sample.id] for sample in batch.samples]
+
+    monkeypatch.setitem(segmenting.COMPETE, "labels", some)
+    samples = [replace(scenes[n], id=name) for n, name in enumerate(listed)]
+    monkeypatch.setattr(segmenting, "labeled", lambda dataset, classifier: samples)
+    segment(replace(TINY, images=4, batch=3), tmp_path / "out")
+    for sample in samples:
+        classes = listed[sample.id]
+        found = read_labels(tmp_path / "out" / "labels" / f"{sample.id}.png")
+        maps = slow_maps(classifier, sample, classes) if classes else torch.zeros(0, 64, 64)
+        expected = slow_labels(maps, classes, 0.2, 0.2) if classes else torch.zeros(64, 64, dtype=torch.long)
+        assert torch.equal(found, expected)
+
+
+def test_all_classes_are_never_there_at_the_size_of_the_labels(pictures, tmp_path, monkeypatch, classifier):
+    seen, original = [], segmenting.resize
+
+    def resize(maps, size, *mode):
+        seen.append((maps.shape[0] * maps.shape[1], tuple(size)))
+        return original(maps, size, *mode)
+
+    monkeypatch.setattr(segmenting, "resize", resize)
+    data = Choice("folder", {"root": str(pictures)})
+    segment(replace(TINY, data=data, classes=Choice("all"), threshold=(0.2, 0.6), images=2), tmp_path / "out")
+    assert max(count for count, size in seen if size != (64, 64)) == 1
+    for sample in (DATASETS["folder"](pictures, size=64)[index] for index in range(2)):
+        maps = interpolate(
+            slow_maps(classifier, sample, range(20))[None], sample.size, mode="bilinear", align_corners=False
+        )[0]
+        found = read_labels(tmp_path / "out" / "labels" / sample.id)
+        assert torch.equal(found, slow_labels(maps, range(20), 0.2, 0.6))
+
+
+def test_irn_s_pickles_are_the_same_in_any_number_of_processes(tmp_path, monkeypatch):
+    spec = replace(TINY, irn="npy", images=4)
+    segment(spec, tmp_path / "one")
+    for rank in (1, 0):
+        part(monkeypatch, rank, 2, spec, tmp_path / "two")
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+    assert len(list((tmp_path / "one" / "irn").iterdir())) == 4

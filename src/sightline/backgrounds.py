@@ -9,6 +9,7 @@ the maps that a threshold turns into labels (`labels_at`): 0 background, class +
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from inspect import signature
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -17,7 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sightline.maps import blur, by_maximum
-from sightline.registry import configured, load
+from sightline.registry import chosen, configured, load
 from sightline.runs import Choice
 
 Resolve: TypeAlias = Callable[[Float[Tensor, "ch h w"], Float[Tensor, "n h w"]], Float[Tensor, "n h w"]]
@@ -46,7 +47,7 @@ def smooth(
 
     The window sums to one; at the border the map is mirrored without its edge pixel, as OpenCV does. With `renormalize`
     each map is then divided by its maximum again (SPEC 10; the paper does not say); maps that were not divided before,
-    such as a segmenter's, want `renormalize=False`.
+    such as a segmenter's, want `renormalize=False`, which is what `resolve_of(..., divided=False)` takes.
 
     Raises:
         ValueError: a window that has no middle, or a negative sigma.
@@ -118,11 +119,12 @@ def crf(
 ) -> Float[Tensor, "n h w"]:
     """Refine the labels at `threshold` with a dense CRF; return them as one-hot maps of 0 and 1.
 
-    So any threshold in (0, 1) gives the refined labels. Of Krähenbühl and Koltun, NeurIPS 2011, as IRN runs it: a
-    pixel's energy is -log(confidence) for its own label and -log((1 - confidence) / n) for each of the n others; two
-    pixels of different labels cost near_weight exp(-d^2 / (2 near^2)) + far_weight exp(-d^2 / (2 far^2) - c^2 / (2
-    color^2)), d their distance in pixels, c that of their colors in [0, 255], both kernels normalized symmetrically;
-    `iterations` of mean field. It needs `pydensecrf2`, and runs on the CPU.
+    So any threshold in (0, 1) gives the refined labels; an ignore band takes two fields, see `refined_labels`. Of
+    Krähenbühl and Koltun, NeurIPS 2011, as IRN runs it: a pixel's energy is -log(confidence) for its own label and
+    -log((1 - confidence) / n) for each of the n others; two pixels of different labels cost
+    near_weight exp(-d^2 / (2 near^2)) + far_weight exp(-d^2 / (2 far^2) - c^2 / (2 color^2)), d their distance in
+    pixels, c that of their colors in [0, 255], both kernels normalized symmetrically; `iterations` of mean field. It
+    needs `pydensecrf2`, and runs on the CPU.
 
     Raises:
         ValueError: no pydensecrf2, fewer iterations than none, no confidence in (0, 1), or a width or weight that is
@@ -166,10 +168,11 @@ RESOLVES: Mapping[str, Resolve] = {"basic": basic, "smooth": smooth, "superpixel
 """Name -> background resolve."""
 
 
-def resolve_of(what: str | Mapping[str, Any] | Resolve) -> Resolve:
+def resolve_of(what: str | Mapping[str, Any] | Resolve, *, divided: bool = True) -> Resolve:
     """Return a resolve with its settings: "smooth?sigma=3", {"name": "smooth", "sigma": 3}, or one that is a function.
 
-    Ours are tried on a blank image, so that what is wrong is said now.
+    Maps that are not `divided` by their maximum stay so: what would divide them (`renormalize`) does it only where the
+    settings say so. Ours are tried on a blank image, so that what is wrong is said now.
 
     Raises:
         LookupError: an unknown name or setting, with near ones.
@@ -179,7 +182,9 @@ def resolve_of(what: str | Mapping[str, Any] | Resolve) -> Resolve:
     if callable(what):
         return what
     choice = Choice.of(what)
-    found = configured(RESOLVES, choice.name, choice.settings, "background resolve")
+    function = chosen(choice.name, RESOLVES, "background resolve")
+    raw = {} if divided or "renormalize" not in signature(function).parameters else {"renormalize": False}
+    found = configured(RESOLVES, choice.name, {**raw, **choice.settings}, "background resolve")
     found(torch.zeros(3, 2, 2), torch.zeros(1, 2, 2))
     return found
 
@@ -220,6 +225,27 @@ def check_classes(classes: Sequence[int], count: int) -> None:
 def confident(low: Int[Tensor, "h w"], high: Int[Tensor, "h w"]) -> Int[Tensor, "h w"]:
     """Join the labels at a low and a high threshold: what is foreground at high, background at low, else 255.
 
-    For labels that were refined at each threshold of its own, as IRN refines them with a CRF; else `labels_at`.
+    For labels that were refined at each threshold of its own (`refined_labels`); else `labels_at`.
     """
     return torch.where(high > 0, high, torch.where(low > 0, IGNORE, 0))
+
+
+def refined_labels(
+    image: Float[Tensor, "ch h w"],
+    maps: Float[Tensor, "n h w"],
+    classes: Sequence[int],
+    *,
+    low: float,
+    high: float,
+    refine: Callable[..., Float[Tensor, "n h w"]] = crf,
+) -> Int[Tensor, "h w"]:
+    """Return the labels at `low` and at `high`, each refined by a dense CRF of its own, joined as IRN joins them.
+
+    Foreground is what the CRF of the labels at `high` says is, background what neither says is foreground, 255 the
+    rest. `refine` is `crf`, with settings: a function of image, maps and `threshold` to one-hot maps.
+
+    Raises:
+        ValueError: as `labels_at` and `crf`.
+    """
+    found = [labels_at(refine(image, maps, threshold=t), classes, 0.5) for t in dict.fromkeys((low, high))]
+    return confident(found[0], found[-1])

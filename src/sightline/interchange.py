@@ -1,9 +1,9 @@
 """Interchange. Maps, label maps and results in the files of other tools, both ways; functions for captum and Quantus.
 
 - WSOL: one `.npy` an image, `ROOT/<image id>.npy`, a float map (h, w) of the input (Choe et al. 2020).
-- IRN: one dictionary an image with `keys` (classes), `cam` and `high_res` (Ahn et al. 2019); `.npz` here, and the
-  original `.npy`, which is a pickle, only where that is asked for.
-- PNG label maps: class indices with Pascal VOC's palette, 255 = ignore.
+- IRN: one dictionary an image with `keys` (classes), `cam` and `high_res` (Ahn et al. 2019); the original `.npy`,
+  which is a pickle, or `.npz`, which is none.
+- PNG label maps: class indices with Pascal VOC's palette, 255 = ignore; `segment.json` beside them names the classes.
 - COCO results: a JSON list of boxes and run-length masks.
 - Overlays: a map over its image as PNG, to look at.
 """
@@ -23,6 +23,7 @@ from jaxtyping import Bool, Float, Int
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
+from torch.nn import functional as F
 
 from sightline import viz
 from sightline.classifier import Classifier, Method, UnsuitedError
@@ -40,6 +41,9 @@ ENDINGS: Mapping[str, tuple[str, ...]] = {"wsol": (".npy",), "irn": (".npz", ".n
 
 IGNORE = 255
 """The label of pixels that do not count."""
+
+MEANING = "segment.json"
+"""The file beside label maps whose `names` say, value by value, what they mean."""
 
 
 def write_map(path: Path | str, saliency: Float[Tensor, "*_one i j"]) -> Path:
@@ -108,6 +112,9 @@ class Cams:
 def write_irn(path: Path | str, cams: Cams, *, pickled: bool = False) -> Path:
     """Write the maps of one image as IRN's dictionary, in `.npz`; as its own pickled `.npy` where `pickled`.
 
+    IRN reads `np.load(path, allow_pickle=True).item()`: `keys` and `cam` are tensors there and `high_res` an array, as
+    its own program writes them. The same maps give the same bytes. The pickle needs NumPy 1.26 or later.
+
     Raises:
         ValueError: a path with another ending, or not one map a class.
     """
@@ -116,10 +123,22 @@ def write_irn(path: Path | str, cams: Cams, *, pickled: bool = False) -> Path:
     parts = {"keys": cams.keys, "cam": cams.cam, "high_res": cams.high_res}
     arrays = {name: part.cpu().numpy() for name, part in parts.items() if part is not None}
     if pickled:
-        return write_bytes(ending(path, ".npy"), npy(np.array(arrays, dtype=object), pickled=True))
+        plain = {name: array if name == "high_res" else Rebuilt(array) for name, array in arrays.items()}
+        return write_bytes(ending(path, ".npy"), npy(np.array(plain, dtype=object), pickled=True))
     file = io.BytesIO()
     np.savez_compressed(file, allow_pickle=False, **arrays)  # type: ignore[arg-type]
     return write_bytes(ending(path, ".npz"), file.getvalue())
+
+
+@dataclass(frozen=True, eq=False)
+class Rebuilt:
+    """An array that comes out of a pickle as a tensor; a tensor's own pickle has other bytes each time."""
+
+    array: NDArray[Any]
+
+    def __reduce__(self) -> tuple[Callable[[NDArray[Any]], Tensor], tuple[NDArray[Any]]]:
+        """Say how a pickle is read."""
+        return torch.from_numpy, (self.array,)
 
 
 def read_irn(path: Path | str, *, pickled: bool = False) -> Cams:
@@ -178,6 +197,34 @@ def read_labels(path: Path | str) -> Int[Tensor, "h w"]:
     if values.ndim != 2 or values.dtype != np.uint8:
         raise ValueError(f"{file} holds colors, not labels; expected a palette or gray picture of 8 bits")
     return torch.from_numpy(values.astype(np.int64))
+
+
+def placed_labels(labels: Int[Tensor, "_h _w"], size: Size, policy: str) -> Int[Tensor, "h w"]:
+    """Bring a label map of an original picture to where a resize policy brings the picture, by the nearest pixel.
+
+    Raises:
+        LookupError: no such policy.
+    """
+    enlarged, (top, left) = plan((labels.shape[0], labels.shape[1]), size, policy)
+    whole = F.interpolate(labels[None, None].float(), enlarged, mode="nearest-exact")[0, 0].long()
+    return whole[top : top + size[0], left : left + size[1]]
+
+
+def read_names(root: Path | str) -> tuple[str, ...]:
+    """Return what the values of the label maps in a folder mean: names[v] of value v, the background's is names[0].
+
+    `sightline segment` writes them into OUT/segment.json; the folder is OUT or OUT/labels. () where nothing says so.
+
+    Raises:
+        ValueError: a file that cannot be read.
+    """
+    folder = Path(root)
+    places = [folder, *([folder.parent] if folder.name == "labels" else [])]
+    found = next((path for path in (place / MEANING for place in places) if path.is_file()), None)
+    try:
+        return () if found is None else tuple(map(str, json.loads(found.read_text(encoding="utf-8")).get("names", ())))
+    except (ValueError, AttributeError, TypeError) as error:
+        raise ValueError(f"{found} does not say what label maps mean: {error}") from error
 
 
 def write_overlay(path: Path | str, image: Float[Tensor, "ch h w"], saliency: Float[Tensor, "*_one i j"]) -> Path:

@@ -6,7 +6,8 @@ segmentation with inter-pixel relations, CVPR 2019) and in Maruf et al., Beyond 
 Images are cut into batches of consecutive ones, and whole batches are dealt to the processes that `RANK` and
 `WORLD_SIZE` tell of, as `torchrun` sets them. What a batch gives depends on nothing but its images, so any number of
 processes writes the same bytes (on one kind of device, with one number of threads); they share nothing but the folder.
-A batch is done when its line is in OUT/done/RANK.jsonl, which happens after all of its files are there.
+A batch is done when its line is in OUT/done/RANK.jsonl, which happens after all of its files are there. What a line
+keeps does not grow with the batch, but for maps that show nothing and files that were skipped.
 """
 
 import hashlib
@@ -18,7 +19,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeAlias
@@ -29,19 +30,31 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sightline import models, viz
-from sightline.backgrounds import IGNORE, LARGEST, Resolve, labels_at, resolve_of
-from sightline.classifier import Classifier
+from sightline.backgrounds import IGNORE, LARGEST, Resolve, labels_at, refined_labels, resolve_of
+from sightline.classifier import Classifier, Method
 from sightline.data import Batch, Dataset, Indexed, Sample, collate
 from sightline.evaluation import Maps, checked_batch, logits_of, synchronize
-from sightline.images import ImageError
-from sightline.interchange import Cams, read_labels, write_irn, write_labels
-from sightline.maps import degenerate, resize
+from sightline.images import ImageError, fit
+from sightline.interchange import MEANING, Cams, read_labels, write_irn, write_labels
+from sightline.maps import by_maximum, degenerate, resize
+from sightline.methods import per_class
+from sightline.methods._per_class import ONE_PASS, PerClass
 from sightline.metrics import finite
 from sightline.models._files import checksums
 from sightline.protocols._segmentation import NORMALIZERS, enlarged
 from sightline.registry import chosen, unknown
-from sightline.running import chosen_method, labeled, reader_of
-from sightline.runs import Choice, Spec, arguments, provenance, read_toml, without_none, write_bytes, write_text
+from sightline.running import Channeled, chosen_method, labeled, reader_of
+from sightline.runs import (
+    Choice,
+    Spec,
+    arguments,
+    provenance,
+    read_toml,
+    unbound,
+    without_none,
+    write_bytes,
+    write_text,
+)
 from sightline.settings import bind
 
 Report: TypeAlias = Callable[[int, int, str], None]
@@ -56,15 +69,15 @@ Raw: TypeAlias = Sequence[Float[Tensor, "1 1 _i _j"]]
 LABELS, IRN, DONE = "labels", "irn", "done"
 """The folders below OUT."""
 
-CLAIM, MANIFEST, TIMING, CONTACT = "segment.json", "manifest.json", "timing.json", "contact.png"
-"""What a folder belongs to, what came out, how long it took, how it looks."""
+CLAIM, MANIFEST, TIMING, CONTACT = MEANING, "manifest.json", "timing.json", "contact.png"
+"""What a folder belongs to and what its values mean, what came out, how long it took, how it looks."""
 
 STAGES = ("read", "explain", "resolve", "write")
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif")
 """Endings of pictures, which the names of label maps do not keep."""
 
-LEFTOVER = re.compile(r"\..+\.(png|npz)\.[a-z0-9_]{8}")
+LEFTOVER = re.compile(r"\..+\.(png|npy|npz)\.[a-z0-9_]{8}")
 """What a process that was killed while it wrote a file leaves behind."""
 
 SHOWN, PAIRS, STRENGTH = 24, 4, 0.6
@@ -78,13 +91,15 @@ STRIDE = 4
 
 SIZES = ("original", "input")
 
-BASIC, GIVEN = Choice("basic"), Choice("labels")
+FORMS = ("npy", "npz")
+"""Of IRN's dictionaries: its own pickles, which its program reads, or archives, which run no code."""
+
+BASIC, GIVEN, CRF = Choice("basic"), Choice("labels"), "crf"
 
 NAMES = ("model", "data", "method", "resolve", "classes")
 KINDS: Mapping[str, type] = {
     **dict.fromkeys(("normalize", "size", "layer"), str),
     **dict.fromkeys(("images", "batch", "seed"), int),
-    "irn": bool,
 }
 """Entries that are names with settings, and plain ones."""
 
@@ -94,10 +109,12 @@ class Segmenting:
     """Everything that determines the label maps of a data set.
 
     `threshold`: where no resolved map exceeds it a pixel is background (0.3 is the paper's, for superpixels); of two,
-    (low, high), pixels between them are ignored. `normalize`: "max" divides each map by its maximum, as the paper does,
-    "unit" scales it to [0, 1], "none" leaves it, which a trained segmenter's log-odds want, with a threshold of 0.
-    `classes` says which compete in an image: a name of `COMPETE`. `size`: label maps of the "original" picture's size,
-    or of the network's "input". `irn`: write the maps as IRN's dictionaries too. `images` = 0 means all.
+    (low, high), pixels between them are ignored. With the resolve "crf" the labels at each threshold have a CRF of
+    their own, as in IRN. `normalize`: "max" divides each map by its maximum, as the paper does, "unit" scales it to
+    [0, 1], "none" leaves it, also after `resolve`. A trained segmenter's maps are log-odds: they want "none", and a
+    threshold of 0. `classes` says which compete in an image: a name of `COMPETE`. `size`: label maps of the "original"
+    picture's size, or of the network's "input". `irn`: write the maps as IRN's dictionaries too, as "npy", which IRN
+    reads, or "npz"; a table may say true for "npy". `images` = 0 means all.
     """
 
     model: Choice
@@ -109,7 +126,7 @@ class Segmenting:
     classes: Choice = GIVEN
     size: str = "original"
     layer: str | None = None
-    irn: bool = False
+    irn: str | None = None
     images: int = 0
     batch: int = 16
     seed: int = 0
@@ -122,6 +139,10 @@ class Segmenting:
         chosen(self.normalize, NORMALIZERS, "normalization")
         if self.size not in SIZES:
             raise LookupError(unknown(self.size, SIZES, "size"))
+        if self.irn is not None and self.irn not in FORMS:
+            raise LookupError(unknown(self.irn, FORMS, "form of IRN's dictionaries"))
+        if self.resolve.name == CRF and "threshold" in self.resolve.settings:
+            raise ValueError("the CRF refines the labels at the segmenting's own threshold; leave out crf?threshold=")
 
     @property
     def low(self) -> float:
@@ -152,7 +173,8 @@ class Segmenting:
             raise ValueError(f"the segmenting lacks {', '.join(missing)}")
         choices = {name: Choice.of(table[name]) for name in NAMES if name in table}
         levels = {"threshold": threshold_of(table["threshold"])} if "threshold" in table else {}
-        return cls(**{**table, **choices, **levels})
+        forms = {"irn": form_of(table["irn"])} if "irn" in table else {}
+        return cls(**{**table, **choices, **levels, **forms})
 
     @classmethod
     def read(cls, path: Path | str, **entries: Any) -> "Segmenting":
@@ -192,6 +214,17 @@ def threshold_of(value: Any) -> float | tuple[float, float]:
     return low if low == high else (low, high)
 
 
+def form_of(value: Any) -> str | None:
+    """Read in which form IRN's dictionaries are asked for: one of `FORMS`, true for the first, false for none.
+
+    Raises:
+        TypeError: neither text nor true or false.
+    """
+    if value is not None and type(value) not in (bool, str):
+        raise TypeError(f"expected irn to be one of {', '.join(FORMS)}, or true or false, got {value!r}")
+    return (FORMS[0] if value else None) if isinstance(value, bool) else value
+
+
 @dataclass(frozen=True)
 class Manifest:
     """What came out: how many images, which were skipped and why, pixels of each kind, maps that show nothing.
@@ -224,12 +257,14 @@ def segment(spec: Segmenting, out: Path | str, *, report: Report | None = None) 
     """Write a label map of every image: OUT/labels/ID.png, with Pascal VOC's palette, 0 background, 255 ignored.
 
     The maps of the classes that compete in an image are resized to the input (bilinear), normalized, resolved and, for
-    the original size, resized once more before labels are taken. Files that turn out broken are skipped. A call with
-    the same `out` does what is not done yet, also in another number of processes. Whoever finds everything done writes
-    manifest.json, the same for any number of processes, timing.json and contact.png; None where other processes have
-    something to do still.
+    the original size, resized once more before labels are taken; a CRF runs at the size of the labels, one for each
+    threshold. Files that turn out broken are skipped. A call with the same `out` does what is not done yet, also in
+    another number of processes. What value v of a label map means is `names[v]` in segment.json. Whoever finds
+    everything done writes manifest.json, the same for any number of processes, timing.json and contact.png; None where
+    other processes have something to do still.
 
-    *Differs:* the files of a data set are not decoded once more beforehand, unless its settings say `check=`.
+    *Differs:* the files of a data set are not decoded once more beforehand, unless its settings say `check=`. At the
+    original size the CRF sees the input's colors, enlarged: IRN's sees the picture as it is stored.
 
     Raises:
         LookupError, TypeError, ValueError, OSError: a name, setting, file or data set that does not fit; an image
@@ -269,7 +304,7 @@ class Work:
     classifier: Classifier
     dataset: Dataset
     samples: Indexed[Sample]
-    maps: Maps
+    method: Method
     compete: Compete
     resolve: Resolve
     count: int
@@ -304,7 +339,7 @@ def opened(spec: Segmenting, folder: Path) -> Work:
     """
     method = chosen_method(Spec(spec.model, spec.data, spec.method, (), seed=spec.seed))
     compete: Compete = bind(chosen(spec.classes.name, COMPETE, "choice of classes"), spec.classes.settings)
-    resolve = resolve_of(spec.resolve.plain())
+    resolve = resolve_of(spec.resolve.plain(), divided=spec.normalize != "none")
     classifier = models.load(spec.model)
     classifier = classifier if spec.layer is None else classifier.at(spec.layer)
     classifier.model.to(device())
@@ -316,7 +351,8 @@ def opened(spec: Segmenting, folder: Path) -> Work:
             "add resize=direct to the settings of the data, or take size input"
         )
     dataset = reader()
-    samples = labeled(dataset, classifier) if spec.classes.name == GIVEN.name else dataset
+    known = spec.classes.name == GIVEN.name
+    samples = labeled(dataset, classifier) if known else Channeled(dataset, classifier.channels)
     count = min(spec.images or len(dataset), len(dataset))
     classes = logits_of(classifier, blank(classifier)).shape[1]
     if classes > LARGEST + 1:
@@ -328,9 +364,10 @@ def opened(spec: Segmenting, folder: Path) -> Work:
         "arguments": {**settings, "model": model},
         "weights": checksums(spec.plain()),
         "listed": {"images": count, "files": listing(dataset, count)},
+        "names": ["background", *(classifier.classes or dataset.classes)],
         "versions": provenance()["versions"],
     }
-    return Work(spec, folder, classifier, dataset, samples, Maps(method, 0), compete, resolve, count, classes, recorded)
+    return Work(spec, folder, classifier, dataset, samples, method, compete, resolve, count, classes, recorded)
 
 
 def blank(classifier: Classifier) -> Float[Tensor, "1 ch h w"]:
@@ -480,17 +517,23 @@ def placed(root: Path, name: str, ending: str) -> Path:
 def claim(work: Work) -> None:
     """Write into a folder what it belongs to; that may change as long as there are no labels in it.
 
+    A claim of before there were `names` fits any, and gets them.
+
     Raises:
         ValueError: it belongs to another segmenting.
     """
     text, path = json.dumps(work.recorded, indent=1, sort_keys=True, default=list) + "\n", work.folder / CLAIM
-    if not path.exists() or not any((work.folder / name).exists() for name in (LABELS, DONE)):
-        write_text(path, text)
-    if (there := path.read_text(encoding="utf-8")) != text:
-        found = dict(differences(json.loads(there), json.loads(text)))
+    new = json.loads(text)
+    begun = path.exists() and any((work.folder / name).exists() for name in (LABELS, DONE))
+    old = json.loads(path.read_text(encoding="utf-8")) if begun else new
+    if "names" not in old:
+        old |= {"names": new["names"], "irn": {True: "npz", False: None}.get(old.get("irn"))}
+    if found := dict(differences(old, new)):
         asked = {name: said for name, said in found.items() if not name.startswith("arguments.")} or found
         told = "; ".join(f"{name} {said}" for name, said in asked.items())
         raise ValueError(f"{work.folder} belongs to another segmenting: {told}; delete it, or take another --out")
+    if not path.exists() or path.read_text(encoding="utf-8") != text:
+        write_text(path, text)
 
 
 def differences(old: Any, new: Any, name: str = "") -> Iterator[tuple[str, str]]:
@@ -585,7 +628,7 @@ def batch_of(
     }
     return {
         "batch": number,
-        "ids": [sample.id for sample in kept],
+        "images": len(kept),
         "pixels": {str(value): pixels[value] for value in sorted(pixels)},
         "degenerate": [entry for outcome in outcomes for entry in outcome.degenerate],
         "skipped": [
@@ -598,31 +641,62 @@ def batch_of(
 
 
 def explained(work: Work, batch: Batch) -> tuple[Sequence[tuple[int, ...]], Sequence[Raw]]:
-    """Return the classes that compete in each image, and their raw maps on the CPU, a batch of maps at a time."""
+    """Return the classes that compete in each image, and their raw maps on the CPU."""
     part = checked_batch(batch, work.classifier)
     classes = work.compete(work.classifier, part, work.classes)
-    pairs = [(i, label) for i, labels in enumerate(classes) for label in labels]
     found: list[list[Tensor]] = [[] for _ in classes]
+    together = one_pass(work.method)
+    made = pair_by_pair(work, part, classes) if together is None else at_once(together, work.classifier, part, classes)
+    for place, raw in made:
+        found[place].append(raw[None])
+    synchronize(part.x)
+    return classes, found
+
+
+def one_pass(method: Method) -> PerClass | None:
+    """Return the form of a method that makes the maps of all classes of an image at the price of one, if it has one."""
+    return per_class(method) if any(unbound(method) is known for known in ONE_PASS) else None
+
+
+def at_once(
+    together: PerClass, classifier: Classifier, part: Batch, classes: Sequence[tuple[int, ...]]
+) -> Iterator[tuple[int, Float[Tensor, "1 _i _j"]]]:
+    """Yield the place of an image and a map, class by class; an image with fewer classes repeats its first one."""
+    places = [place for place, labels in enumerate(classes) if labels]
+    if not places:
+        return
+    most = max(map(len, classes))
+    rows = [[*classes[place], *[classes[place][0]] * (most - len(classes[place]))] for place in places]
+    maps = together(classifier, part.x[places], torch.tensor(rows, device=part.x.device)).detach().cpu()
+    for place, several in zip(places, maps, strict=True):
+        for one in several[: len(classes[place])]:
+            yield place, one[None]
+
+
+def pair_by_pair(
+    work: Work, part: Batch, classes: Sequence[tuple[int, ...]]
+) -> Iterator[tuple[int, Float[Tensor, "1 _i _j"]]]:
+    """Yield the place of an image and a map, class by class; they are made a batch at a time."""
+    maps = Maps(work.method, 0)
+    pairs = [(place, label) for place, labels in enumerate(classes) for label in labels]
     for start in range(0, len(pairs), work.spec.batch):
         places, labels = zip(*pairs[start : start + work.spec.batch], strict=True)
         ids, samples = tuple(part.ids[i] for i in places), tuple(part.samples[i] for i in places)
         y = torch.tensor(labels, device=part.x.device)
-        maps = work.maps.of(work.classifier, Batch(ids, part.x[list(places)], y, samples), y).cpu()
-        for place, raw in zip(places, maps, strict=True):
-            found[place].append(raw[None])
-    synchronize(part.x)
-    return classes, found
+        made = maps.of(work.classifier, Batch(ids, part.x[list(places)], y, samples), y).cpu()
+        yield from zip(places, made, strict=True)
 
 
 def written(work: Work, sample: Sample, classes: tuple[int, ...], raw: Raw) -> Outcome:
     """Resolve the maps of an image and write its label map."""
     start = time.perf_counter()
-    maps = resolved(work, sample, raw)
-    labels = labels_at(maps, classes, work.spec.low, work.spec.high)
+    size, maps = label_size(work, sample), resolved(work, sample, raw)
+    labels = label_map(work, sample, classes, maps)
     made = time.perf_counter()
     write_labels(placed(work.folder / LABELS, sample.id, ".png"), labels)
-    if work.spec.irn:
-        write_irn(placed(work.folder / IRN, sample.id, ".npz"), cams(maps.float(), classes))
+    if work.spec.irn is not None:
+        path = placed(work.folder / IRN, sample.id, f".{work.spec.irn}")
+        write_irn(path, cams([plane(one, size).float() for one in maps], classes, size), pickled=path.suffix == ".npy")
     reasons = zip(classes, (degenerate(one)[0] for one in raw), strict=True)
     nothing = tuple((sample.id, label, reason) for label, reason in reasons if reason is not None)
     counts = enumerate(labels.flatten().bincount().tolist())
@@ -631,80 +705,134 @@ def written(work: Work, sample: Sample, classes: tuple[int, ...], raw: Raw) -> O
     )
 
 
-def resolved(work: Work, sample: Sample, raw: Raw) -> Float[Tensor, "n _h _w"]:
-    """Return the resolved maps of an image in float64, at the size of its label map."""
+def label_size(work: Work, sample: Sample) -> tuple[int, int]:
+    """Return height and width of the label map of an image."""
     inside = (sample.image.shape[1], sample.image.shape[2])
-    size = (sample.size or inside) if work.spec.size == "original" else inside
+    return (sample.size or inside) if work.spec.size == "original" else inside
+
+
+def resolved(work: Work, sample: Sample, raw: Raw) -> Float[Tensor, "n h w"]:
+    """Return the maps of an image at the input's size in float64: normalized, and resolved but for a CRF."""
+    inside = (sample.image.shape[1], sample.image.shape[2])
     if not raw:
-        return torch.zeros(0, *size, dtype=torch.float64)
-    maps = torch.cat([enlarged(finite(one).double(), inside)[0] for one in raw])
-    return resize(work.resolve(sample.image, NORMALIZERS[work.spec.normalize](maps))[None], size)[0]
+        return torch.zeros(0, *inside, dtype=torch.float64)
+    maps = NORMALIZERS[work.spec.normalize](torch.cat([enlarged(finite(one).double(), inside)[0] for one in raw]))
+    return maps if work.spec.resolve.name == CRF else work.resolve(sample.image, maps)
 
 
-def cams(maps: Float[Tensor, "n h w"], classes: tuple[int, ...]) -> Cams:
-    """Return resolved maps as IRN keeps them: `high_res`, whose thresholds give labels, `cam` at a stride of 4."""
-    h, w = maps.shape[1:]
-    size = (h - 1) // STRIDE + 1, (w - 1) // STRIDE + 1
-    coarse = resize(maps[None], size)[0] if len(maps) else maps.new_zeros(0, *size)
-    return Cams(torch.tensor(classes, dtype=torch.long), coarse, maps)
+def label_map(
+    work: Work, sample: Sample, classes: tuple[int, ...], maps: Float[Tensor, "n _h _w"]
+) -> Int[Tensor, "h w"]:
+    """Return the label map of an image; its maps are brought to its size one after the other, but for a CRF."""
+    spec, size = work.spec, label_size(work, sample)
+    if spec.resolve.name == CRF:
+        large = torch.stack([plane(one, size) for one in maps]) if len(maps) else maps.new_zeros(0, *size)
+        image = fit(sample.image, size, "direct")
+        return refined_labels(image, large, classes, low=spec.low, high=spec.high, refine=work.resolve)
+    if maps.shape[1:] == size:
+        return labels_at(maps, classes, spec.low, spec.high)
+    value, label = torch.full(size, -math.inf, dtype=torch.float64), torch.zeros(size, dtype=torch.long)
+    for one, number in zip(maps, classes, strict=True):
+        large = plane(one, size)
+        label = torch.where(large > value, number + 1, label)
+        value = torch.maximum(large, value)
+    found = labels_at(value[None], (0,), spec.low, spec.high)
+    return torch.where(found == 1, label, found)
+
+
+def plane(one: Float[Tensor, "_i _j"], size: tuple[int, int]) -> Float[Tensor, "h w"]:
+    """Resize one map (bilinear)."""
+    return resize(one[None, None], size)[0, 0]
+
+
+def cams(maps: Sequence[Float[Tensor, "h w"]], classes: tuple[int, ...], size: tuple[int, int]) -> Cams:
+    """Return maps as IRN keeps them: `high_res`, whose thresholds give labels, `cam` for its random walk.
+
+    `cam` are the maps on a grid of a fourth of the picture (bilinear), cut off below 0, divided by their maximum there.
+
+    *Differs:* IRN has cut off and resized the network's own maps, and divides by the maximum + 1e-5.
+    """
+    coarse = (size[0] - 1) // STRIDE + 1, (size[1] - 1) // STRIDE + 1
+    keys = torch.tensor(classes, dtype=torch.long)
+    if not maps:
+        return Cams(keys, torch.zeros(0, *coarse), torch.zeros(0, *size))
+    return Cams(keys, by_maximum(torch.stack([plane(one, coarse) for one in maps]).relu()), torch.stack([*maps]))
 
 
 def concluded(work: Work) -> Manifest | None:
     """Write what is known when everything is done; None, and nothing is written, where it is not."""
-    manifest = gathered(work)
-    if manifest is None:
+    tally = Tally.of(work.folder)
+    if tally.batches < work.batches:
         return None
     for root in (work.folder / LABELS, work.folder / IRN):
         for path in root.rglob(".*"):
             if LEFTOVER.fullmatch(path.name):
                 path.unlink(missing_ok=True)
-    write_text(work.folder / TIMING, json.dumps(timing(work.folder), indent=1) + "\n")
+    manifest = tally.manifest(work)
+    write_text(work.folder / TIMING, json.dumps(tally.timing(), indent=1) + "\n")
     draw(work)
     write_text(work.folder / MANIFEST, json.dumps(manifest.plain(), indent=1) + "\n")
     return manifest
 
 
-def gathered(work: Work) -> Manifest | None:
-    """Return the sum of all batches; None where one is missing."""
-    pixels, images, batches = Counter[int](), 0, 0
-    nothing, broken = list[tuple[int, int, tuple[str, int, str]]](), list[tuple[int, str]]()
-    for _, record in records(work.folder):
-        batches += 1
-        images += len(record["ids"])
-        pixels += Counter({int(value): count for value, count in record["pixels"].items()})
-        nothing += [(record["batch"], i, (*entry,)) for i, entry in enumerate(record["degenerate"])]
-        broken += [(index, reason) for index, reason in record["skipped"]]
-    if batches < work.batches:
-        return None
-    files: Sequence[str] | None = getattr(work.dataset, "files", None)
-    names = {index: f"image {index}" if files is None else files[index] for index, _ in broken}
-    return Manifest(
-        images,
-        {**work.dataset.skipped, **{names[index]: reason for index, reason in sorted(broken)}},
-        pixels[0],
-        pixels[IGNORE],
-        {work.name(value - 1): pixels[value] for value in sorted(pixels) if value not in (0, IGNORE)},
-        tuple((image, work.name(label), reason) for _, _, (image, label, reason) in sorted(nothing)),
-    )
+@dataclass
+class Tally:
+    """The sums of the batches that are done, of one reading of their lines."""
 
+    batches: int = 0
+    images: Counter[str] = field(default_factory=Counter[str])
+    """How many of each process."""
+    seconds: dict[str, Counter[str]] = field(default_factory=dict[str, Counter[str]])
+    """How many of each process, by stage."""
+    pixels: Counter[int] = field(default_factory=Counter[int])
+    nothing: list[tuple[int, int, tuple[str, int, str]]] = field(default_factory=list)
+    """Batch, place in it, and image, class and reason of a map that shows nothing."""
+    broken: list[tuple[int, str]] = field(default_factory=list)
+    """Number of an image that was skipped, and why."""
 
-def timing(folder: Path) -> dict[str, Any]:
-    """Return images per second and the seconds of the stages, in all and of each process.
+    @classmethod
+    def of(cls, folder: Path) -> "Tally":
+        """Read what is done."""
+        tally = cls()
+        for name, record in records(folder):
+            tally.add(name, record)
+        return tally
 
-    "read", "resolve" and "write" are summed over threads; "all" is the time that passed.
-    """
-    images, seconds = Counter[str](), dict[str, Counter[str]]()
-    for name, record in records(folder):
-        images[name] += len(record["ids"])
-        seconds.setdefault(name, Counter()).update(record["seconds"])
-    total = sum(seconds.values(), Counter[str]())
-    speed = {name: images[name] / seconds[name]["all"] for name in sorted(seconds)}
-    return {
-        "images": images.total(),
-        "images_per_second_of_a_process": images.total() / max(total["all"], 1e-9),
-        "seconds": {stage: round(total[stage], 3) for stage in (*STAGES, "all")},
-        "processes": {name: {"images": images[name], "images_per_second": speed[name]} for name in speed},
-    }
+    def add(self, process: str, record: Mapping[str, Any]) -> None:
+        """Add a batch."""
+        self.batches += 1
+        self.images[process] += record["images"] if "images" in record else len(record["ids"])
+        self.seconds.setdefault(process, Counter()).update(record["seconds"])
+        self.pixels.update({int(value): count for value, count in record["pixels"].items()})
+        self.nothing += [(record["batch"], i, (*entry,)) for i, entry in enumerate(record["degenerate"])]
+        self.broken += [(index, reason) for index, reason in record["skipped"]]
+
+    def manifest(self, work: Work) -> Manifest:
+        """Return what came out, in the order of the images."""
+        files: Sequence[str] | None = getattr(work.dataset, "files", None)
+        names = {index: f"image {index}" if files is None else files[index] for index, _ in self.broken}
+        return Manifest(
+            self.images.total(),
+            {**work.dataset.skipped, **{names[index]: reason for index, reason in sorted(self.broken)}},
+            self.pixels[0],
+            self.pixels[IGNORE],
+            {work.name(v - 1): self.pixels[v] for v in sorted(self.pixels) if v not in (0, IGNORE)},
+            tuple((image, work.name(label), reason) for _, _, (image, label, reason) in sorted(self.nothing)),
+        )
+
+    def timing(self) -> dict[str, Any]:
+        """Return images per second and the seconds of the stages, in all and of each process.
+
+        "read", "resolve" and "write" are summed over threads; "all" is the time that passed.
+        """
+        images, total = self.images.total(), sum(self.seconds.values(), Counter[str]())
+        speed = {name: self.images[name] / self.seconds[name]["all"] for name in sorted(self.seconds)}
+        return {
+            "images": images,
+            "images_per_second_of_a_process": images / max(total["all"], 1e-9),
+            "seconds": {stage: round(total[stage], 3) for stage in (*STAGES, "all")},
+            "processes": {name: {"images": self.images[name], "images_per_second": speed[name]} for name in speed},
+        }
 
 
 def draw(work: Work) -> None:

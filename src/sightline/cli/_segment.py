@@ -19,14 +19,27 @@ TOLD = 10
 @click.command("segment", short_help="Write pseudo labels for a data set.")
 @click.option("--model", help="The network that is explained.  [default: creatures]")
 @click.option("--data", help="What to label: folder?root=pictures, voc?root=VOC2012&split=train.  [default: creatures]")
-@click.option("--method", help="Whose maps become labels: flip_and_scale(cam).  [default: cam]")
+@click.option(
+    "--method",
+    help="Whose maps become labels: flip_and_scale(cam). The maps of a segmenter (its file) are log-odds: add "
+    "--normalize none --threshold 0 --classes all.  [default: cam]",
+)
 @click.option("--layer", help="The layer to explain, by its dotted name.")
-@click.option("--resolve", help="What refines maps: basic, smooth?sigma=5, superpixel, crf.  [default: basic]")
+@click.option(
+    "--resolve",
+    help="What refines maps: basic, smooth?sigma=5, superpixel; or labels, at each threshold: crf.  [default: basic]",
+)
 @click.option("--threshold", metavar="T|LOW,HIGH", help="Background up to T; between two: 255.  [default: 0.3]")
-@click.option("--normalize", help="Maps divided by their maximum: max; unit or none.  [default: max]")
+@click.option("--normalize", help="Maps divided by their maximum: max; unit: to [0, 1]; none.  [default: max]")
 @click.option("--classes", help="Which compete: labels, predicted?above=0.5, top or all.  [default: labels]")
 @click.option("--size", help="Label maps of the original picture's size, or of the input's.  [default: original]")
-@click.option("--irn", is_flag=True, default=None, help="Write the maps as IRN's dictionaries too.")
+@click.option(
+    "--irn",
+    type=click.Choice(["npy", "npz"]),
+    is_flag=False,
+    flag_value="npy",
+    help="Write the maps as IRN's dictionaries too: pickles that IRN reads (npy, also where nothing is said), or npz.",
+)
 @click.option("--images", type=click.IntRange(min=0), help="How many images, from the first; 0 means all.")
 @click.option("--batch", type=click.IntRange(min=1), help="Images at a time.  [default: 16]")
 @click.option("--seed", type=int, help="Seed of a method that draws.  [default: 0]")

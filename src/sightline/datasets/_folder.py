@@ -14,6 +14,9 @@ from sightline.data import Sample
 from sightline.images import POLICIES, ImageError, Size, as_size, fit, probe, read
 from sightline.registry import unknown
 
+AT_ONCE = 1024
+"""How many files wait to be looked at, at most."""
+
 
 @dataclass(frozen=True, eq=False)
 class Folder:
@@ -129,17 +132,24 @@ def known_count(total: int, count: int | None, things: str) -> int:
 def usable(root: Path, files: Sequence[str], check: str) -> tuple[tuple[str, ...], dict[str, str]]:
     """Separate the files that pass a check of `CHECKS` from those that do not, with the reasons.
 
+    `AT_ONCE` files wait for a thread at a time; with "none" there is nothing to do.
+
     Raises:
         LookupError: no such check.
         ValueError: no file is left.
     """
     if check not in CHECKS:
         raise LookupError(unknown(check, CHECKS, "check"))
+    if check == "none":
+        return tuple(files), {}
+    skipped, reason_of = dict[str, str](), partial(_reason, CHECKS[check])
     with ThreadPoolExecutor(4) as threads:
-        reasons = list(threads.map(partial(_reason, CHECKS[check]), [root / file for file in files]))
-    skipped = {file: reason for file, reason in zip(files, reasons, strict=True) if reason}
+        for start in range(0, len(files), AT_ONCE):
+            part = files[start : start + AT_ONCE]
+            reasons = threads.map(reason_of, [root / file for file in part])
+            skipped |= {file: reason for file, reason in zip(part, reasons, strict=True) if reason}
     if len(skipped) == len(files):
-        raise ValueError(f"none of the {len(files)} images in {root} can be used; the first: {reasons[0]}")
+        raise ValueError(f"none of the {len(files)} images in {root} can be used; the first: {skipped[files[0]]}")
     return tuple(file for file in files if file not in skipped), skipped
 
 
@@ -155,11 +165,7 @@ def decoded(path: Path) -> Float[Tensor, "3 h w"]:
         raise ImageError(f"{error}; check='decode' skips such files") from error
 
 
-def _trust(path: Path) -> None:
-    """Look at nothing."""
-
-
-CHECKS: Mapping[str, Callable[[Path], object]] = MappingProxyType({"decode": read, "header": probe, "none": _trust})
+CHECKS: Mapping[str, Callable[[Path], object]] = MappingProxyType({"decode": read, "header": probe, "none": Path})
 """How files are looked at before they are listed: decoded, opened, or not at all."""
 
 

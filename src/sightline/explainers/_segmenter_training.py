@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path, PurePath
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -19,11 +19,12 @@ from torch import Tensor
 
 from sightline.classifier import Classifier
 from sightline.classifier_training import AUGMENTATIONS, augmentation, expect, expect_choice, fingerprint, flags_back
-from sightline.data import Batch, Indexed, Sample
+from sightline.data import Batch, Indexed, Sample, layers
 from sightline.explainers._segmenter import segmenter_of
-from sightline.interchange import read_labels
+from sightline.interchange import MEANING, placed_labels, read_labels, read_names
 from sightline.processes import PRECISIONS
-from sightline.training import Joint, Metrics, Progress, fit, gradients, synchronize, update
+from sightline.registry import unknown
+from sightline.training import Joint, Metrics, Progress, fit, gradients, remember, synchronize, update
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -96,19 +97,23 @@ def train_segmenter(
 ) -> tuple[Metrics, ...]:
     """Train a segmenter in place with `fit`; return mean loss and pixel accuracy of each epoch, on what it saw.
 
-    Masks hold class + 1, 0 is the background, 255 is ignored. The network is left in evaluation mode.
+    Masks hold class + 1, 0 is the background, 255 is ignored. Where there are pseudo labels (`Pseudo`) give it
+    samples as they are read, which know how large the original pictures were: it remembers them itself. The network is
+    left in evaluation mode.
 
     Raises:
         UnsuitedError: the classifier's network is no segmenter.
         ValueError, FloatingPointError: as `fit`; a sample without a mask, with one of another size than its image, or
-            with a class that the network lacks.
+            with a class that the network lacks; pseudo labels that `Pseudo` refuses.
         FileNotFoundError: no folder of pseudo labels, or none for an image.
     """
-    trainer = SegmenterTrainer(classifier, config)
+    trainer, samples = SegmenterTrainer(classifier, config), dataset
+    if config.labels is not None:
+        samples = remember(Pseudo(dataset, Path(config.labels), classifier.classes), masks=True)
     with flags_back(classifier.model):
         return fit(
             trainer,
-            dataset if config.labels is None else Pseudo(dataset, Path(config.labels)),
+            samples,
             epochs=config.epochs,
             batch=config.batch,
             seed=seed,
@@ -126,23 +131,37 @@ def train_segmenter(
 class Pseudo:
     """A data set whose masks are label maps in a folder: `root/ID.png`, or `root/labels/ID.png` where there is one.
 
-    The id may leave out its own ending. Label maps are resized to the image by the nearest pixel; their classes are the
-    numbers of the classifier that made them. Other geometry is left out. Put `remember` inside.
+    The id may leave out its own ending. A label map of the image's size is taken as it is; one of the original
+    picture's size (`Sample.size`) goes where the data set's resize policy brings the picture, by the nearest pixel.
+    Classes meet by their names, where the folder's `segment.json` has names and `classes` are not empty: they are those
+    of the segmenter. Without names on one side the numbers are the segmenter's. Other geometry is left out. Put
+    `remember` around it.
 
     Raises:
         FileNotFoundError: no such folder; for an item: no label map of it.
-        ValueError: for an item: a file that holds no labels.
+        ValueError: a `segment.json` that cannot be read; for an item: a file that holds no labels, labels of neither
+            size, or a class that `classes` do not have, or that has the name of another one.
     """
 
     samples: Indexed[Sample]
     root: Path
+    classes: tuple[str, ...] = ()
     folder: Path = field(init=False)
+    names: tuple[str, ...] = field(init=False)
+    """What the values of the label maps mean; () where they are the segmenter's, or nobody knows."""
+    policy: str = field(init=False)
+    """How the data set resizes."""
 
     def __post_init__(self) -> None:
         if not self.root.is_dir():
             raise FileNotFoundError(f"no folder {self.root}; expected one of label maps: sightline segment")
         inner = self.root / "labels"
         object.__setattr__(self, "folder", inner if inner.is_dir() else self.root)
+        names = read_names(self.root)
+        known = bool(self.classes and names[1:]) and names[1:] != self.classes
+        object.__setattr__(self, "names", names if known else ())
+        policies = (getattr(layer, "resize", None) for layer in layers(self.samples))
+        object.__setattr__(self, "policy", next((one for one in policies if isinstance(one, str)), "direct"))
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -150,10 +169,54 @@ class Pseudo:
     def __getitem__(self, index: int, /) -> Sample:
         """Read one image and its label map."""
         sample = self.samples[index]
-        labels = read_labels(self.file(sample.id))[None, None].float()
-        size = sample.image.shape[1], sample.image.shape[2]
-        mask = F.interpolate(labels, size, mode="nearest-exact")[0, 0].long()
+        file = self.file(sample.id)
+        mask = self.placed(self.numbered(read_labels(file), file), sample, file)
         return Sample(sample.id, sample.image, sample.label, sample.labels, mask=mask)
+
+    def numbered(self, labels: Int[Tensor, "h w"], file: Path) -> Int[Tensor, "h w"]:
+        """Return labels in the numbers of the segmenter's classes."""
+        if not self.names:
+            return labels
+        numbers = torch.full((256,), -1)
+        numbers[0], numbers[IGNORE] = 0, IGNORE
+        for value, name in enumerate(self.names[1:IGNORE], 1):
+            if self.classes.count(name) == self.names[1:].count(name) == 1:
+                numbers[value] = self.classes.index(name) + 1
+        found = numbers[labels]
+        if bool((found < 0).any()):
+            self.refuse(int(labels[found < 0][0]), file)
+        return found
+
+    def refuse(self, value: int, file: Path) -> NoReturn:
+        """Say that a value of a label map is no class of the segmenter.
+
+        Raises:
+            ValueError: always.
+        """
+        if value >= len(self.names):
+            raise ValueError(f"{file} holds {value}, for which {MEANING} has no name")
+        name = self.names[value]
+        why = "two classes are called so" if name in self.classes else unknown(name, self.classes, "class")
+        raise ValueError(
+            f"{file} holds {value}, which {MEANING} calls {name!r}, and the segmenter has no such class: {why}; make "
+            "labels with a classifier of the same classes"
+        )
+
+    def placed(self, labels: Int[Tensor, "_h _w"], sample: Sample, file: Path) -> Int[Tensor, "h w"]:
+        """Return labels where the image is.
+
+        Raises:
+            ValueError: they are neither of the image's size nor of the original picture's.
+        """
+        size, there = (sample.image.shape[1], sample.image.shape[2]), (labels.shape[0], labels.shape[1])
+        if there == size:
+            return labels
+        if there != sample.size:
+            raise ValueError(
+                f"{file} is {there} pixels, its image {size}, the original picture {sample.size or 'of unknown size'}; "
+                "make labels of one of these sizes from the same data: sightline segment"
+            )
+        return placed_labels(labels, size, self.policy)
 
     def file(self, name: str) -> Path:
         """Return the label map of an image."""
