@@ -2,14 +2,17 @@
 
 import math
 import time
+from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 from sightline.classifier import Classifier
 from sightline.data import Batch, Sample, collate
-from sightline.evaluation import EXPLAIN, Maps, measure
+from sightline.evaluation import EXPLAIN, Log, Maps, measure
 from sightline.methods import grad_cam
 from sightline.metrics import Measure, average_drop, average_gain, deletion, insertion
 
@@ -226,6 +229,72 @@ def test_a_map_that_shows_nothing_is_listed_and_scored_as_zero_everywhere(column
         assert scores[name].per_image[:4] == nothing[name].per_image[:4]
         assert scores[name].per_image[4] != nothing[name].per_image[4]
         assert all(map(math.isfinite, scores[name].per_image))
+
+
+def silent(classes, value=0.0):
+    """A method whose maps of some classes show nothing."""
+
+    def method(classifier, x, y=None, /):
+        flat = torch.tensor([label in classes for label in y.tolist()]).view(-1, 1, 1, 1)
+        return torch.where(flat, value, x.mean(1, keepdim=True))
+
+    return method
+
+
+def test_the_class_of_a_map_that_shows_nothing_is_said_where_an_image_is_explained_for_several(columns):
+    images, metrics = [batch(striped(*ORDERS), LABELS)], {"a": scored("label"), "b": scored("predicted")}
+    named = replace(columns, classes=("cat", "dog", "emu", "fox"))
+    assert measure(silent({0, 1, 2}), named, images, metrics).degenerate == {
+        "i0": "all zero",
+        "i1": "all zero (cat, dog)",
+        "i2": "all zero",
+    }
+    assert measure(silent({1}, 0.3), named, images, metrics).degenerate == {"i1": "constant (dog)"}
+    assert measure(silent({1}), columns, images, metrics).degenerate == {"i1": "all zero (class 1)"}
+    assert measure(silent({1}), columns, images, {"a": scored("predicted")}).degenerate == {"i1": "all zero"}
+
+
+def test_maps_are_noted_while_they_are_asked_for_and_of_one_classifier(small):
+    x = torch.rand(3, 3, 4, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    one, maps = collate([Sample(f"i{i}", image, 0) for i, image in enumerate(x)]), Maps(silent({2}))
+    maps.of(small, one, torch.tensor([0, 1, 2]))
+    with maps.noted(small) as found:
+        maps.of(small, one, torch.tensor([2, 1, 2]))  # two of them are in memory
+        with maps.noted(replace(small)) as others:
+            maps.of(small, one, torch.tensor([1, 2, 1]))
+        for y in ([1, 1, 0], [0, 0, 1], [3, 2, 3]):
+            maps.of(small, one, torch.tensor(y))
+    maps.of(small, one, torch.tensor([2, 2, 2]))
+    assert others == {}
+    assert found == {
+        "i0": {2: "all zero", 1: None},
+        "i1": {1: None, 0: None, 2: "all zero"},
+        "i2": {2: "all zero", 0: None},
+    }
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from("ab"), st.integers(0, 4)), max_size=12), st.randoms(use_true_random=False))
+def test_neither_order_nor_parts_change_what_is_said(asked, random):
+    nothing = {0: "all zero", 3: "constant", 4: "all zero"}
+
+    def told(parts):
+        log = Log()
+        for part in parts:
+            shown = Log()
+            for name, label in part:
+                shown.show({name: {label: nothing.get(label)}})
+            log.add(shown)
+        return log.degenerate(("cat", "dog", "emu", "fox"))
+
+    mixed = random.sample(asked, len(asked))
+    assert told([asked]) == told([mixed[:3], mixed[3:]])
+    for name in "ab":
+        classes = {label for one, label in asked if one == name}
+        said = told([asked]).get(name, "")
+        assert said.count("(") == (len({nothing[k] for k in classes & {*nothing}}) if len(classes) > 1 else 0)
+        assert ("class 4" in said) == (4 in classes and len(classes) > 1)
+        assert bool(said) == bool(classes & {*nothing})
 
 
 # Batches and their order

@@ -16,6 +16,8 @@ from hypothesis import strategies as st
 
 from sightline import running
 from sightline.classifier import UnsuitedError
+from sightline.datasets import creatures
+from sightline.methods import METHODS, Entry
 from sightline.pieces import CLAIM, MOST, Pieces, cut, forget, maps_in, packed_parts, unpacked_parts
 from sightline.processes import agreed, fabric_of
 from sightline.running import run
@@ -69,6 +71,71 @@ def done(asked, folder, rank, world, phase):
     method, judges = running.named(asked)
     work = running.Work(asked, running.scene(asked), running.Maps(method), judges, 7, None, lambda *told: None)
     getattr(work, phase)(Pieces(folder, {}), rank, world)
+
+
+def silent(classifier, x, y=None, /):
+    """Say nothing of even classes."""
+    return torch.where((y % 2 == 0).view(-1, 1, 1, 1), 0.0, x.mean(1, keepdim=True))
+
+
+SILENT = {
+    "data": {"name": "creatures", "count": 7, "variant": "scenes"},
+    "method": "silent",
+    "metrics": [
+        "average_drop",
+        {"name": "insertion", "steps": 2, "scored": "predicted"},
+        "segmentation",
+        {"name": "superset_depth", "hierarchy": "creatures", "nodes": list(creatures(count=1).classes)},
+        {"name": "weak_localization", "held_out": {"name": "creatures", "count": 4, "split": "val"}},
+    ],
+}
+
+
+@pytest.mark.parametrize("chosen", [[0, 1, 2, 3, 4], [0, 1], [2], [0, 2]])
+def test_maps_that_show_nothing_are_listed_whoever_asks_for_them(chosen, tmp_path, monkeypatch):
+    monkeypatch.setitem(METHODS, "silent", Entry(f"{__name__}:silent", ""))
+    asked = spec(**{**SILENT, "metrics": [SILENT["metrics"][i] for i in chosen]})
+    alone = run(asked)
+    on = running.scene(asked)
+    expected, names = {}, on.dataset.classes
+    for index in range(7):
+        one = on.samples[index]
+        predicted = int(on.classifier(one.image[None]).argmax())
+        there = {int(value) - 1 for value in one.mask.unique()} - {-1, 254}
+        of_metric = [{one.label}, {predicted}, there, {*range(20)}, {one.label}]
+        classes = set().union(*(of_metric[i] for i in chosen))
+        if nothing := ", ".join(names[label] for label in sorted(classes) if label % 2 == 0):
+            expected[one.id] = f"all zero ({nothing})" if len(classes) > 1 else "all zero"
+    held_out = {name for name in alone.scores.degenerate if "-val-" in name}
+    assert {name: said for name, said in alone.scores.degenerate.items() if name not in held_out} == expected
+    assert bool(held_out) == (4 in chosen)
+    content = alone.write(tmp_path / "alone.json").read_bytes()
+    for world in (2, 3):
+        for phase in ("explain", "judge"):
+            for rank in reversed(range(world)):
+                done(asked, tmp_path / str(world), rank, world, phase)
+        method, judges = running.named(asked)
+        work = running.Work(asked, on, running.Maps(method), judges, 7, None, lambda *told: None)
+        scores = replace(work.scores(Pieces(tmp_path / str(world), {})), seconds=alone.scores.seconds)
+        assert replace(alone, scores=scores).write(tmp_path / "several.json").read_bytes() == content
+
+
+def test_a_resumed_run_lists_what_shows_nothing_as_before(tmp_path, monkeypatch):
+    monkeypatch.setitem(METHODS, "silent", Entry(f"{__name__}:silent", ""))
+    asked = spec(**SILENT)
+    expected = run(asked).scores.degenerate
+    run(asked, pieces=tmp_path)
+    for name in ("images-0001", "images-0003", "segmentation"):
+        (tmp_path / name).unlink()
+    assert run(asked, pieces=tmp_path).scores.degenerate == expected
+    assert len(expected) > 7
+
+
+def test_pieces_of_another_form_are_not_used(tmp_path):
+    Pieces(tmp_path, {"a": 1})["one"] = b"1"
+    assert "one" in Pieces(tmp_path, {"a": 1})
+    (tmp_path / CLAIM).write_text(json.dumps({"a": 1}, indent=1) + "\n")
+    assert "one" not in Pieces(tmp_path, {"a": 1})
 
 
 def test_protocols_find_the_maps_that_others_made(tmp_path, monkeypatch):
@@ -154,9 +221,10 @@ def test_what_one_process_says_all_say():
 
 def test_scores_of_protocols_survive_the_file():
     score = Score(Choice("mean", {"a": 1}), float("nan"), None, (0.1, 1 / 3), (float("inf"),), (2.0,), 3)
-    found, seconds = unpacked_parts(packed_parts({"p(a=1)": {"part": score}}, 0.1))
+    shown = {"one": {0: None, 12: "all zero"}}
+    found, seconds, again = unpacked_parts(packed_parts({"p(a=1)": {"part": score}}, 0.1, shown))
     assert repr(found) == repr({"p(a=1)": {"part": score}})
-    assert seconds == 0.1
+    assert (seconds, again) == (0.1, shown)
 
 
 SLOW = """

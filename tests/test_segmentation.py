@@ -3,18 +3,22 @@
 import importlib.util
 import math
 from dataclasses import dataclass, replace
+from functools import partial
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sightline import running
 from sightline.backgrounds import basic, labels_at, resolve_of
 from sightline.classifier import wrap
 from sightline.data import Sample
 from sightline.datasets import creatures
 from sightline.evaluation import Maps
+from sightline.explainers._segmenter import MiniSeg, Segmenter
 from sightline.maps import by_maximum
+from sightline.methods import rise, segmenter
 from sightline.methods._cam import cam
 from sightline.methods._grad_cam import grad_cam
 from sightline.metrics._segmentation import (
@@ -29,6 +33,7 @@ from sightline.metrics._segmentation import (
 )
 from sightline.protocols._segmentation import THRESHOLDS, segmentation
 from sightline.running import Relabeled
+from sightline.runs import Choice, Spec
 
 H, W, K = 24, 32, 5
 PERCENT = ("miou", *(f"{name}{end}" for name in ("fg_precision", "dr_recall", "ndr_recall") for end in ("", "_micro")))
@@ -672,6 +677,108 @@ def test_what_is_wrong_with_the_new_settings_is_said(curved, pooled, twenty, sce
 
     with pytest.raises(ValueError, match="needs a mask and parts, and 'creatures-plain-test-00000-s0' lacks one"):
         segmentation(random_maps, twenty, Partless(creatures("test", count=1)), regions="cue")
+
+
+# What it costs
+
+
+def one_class_at_a_time(method):
+    """The same method, not known to explain several classes of one pass."""
+
+    def alone(classifier, x, y=None, /):
+        return method(classifier, x, y)
+
+    return alone
+
+
+@pytest.fixture
+def passes(pooled):
+    """How many images went through the network."""
+    counts = []
+    handle = pooled.model.register_forward_hook(lambda _, __, logits: counts.append(len(logits)))
+    yield counts
+    handle.remove()
+
+
+RISE = partial(rise, samples=6, seed=1)
+
+
+@pytest.mark.parametrize("compete", ["present", "all"])
+@pytest.mark.parametrize("method", [cam, partial(cam), RISE, segmenter])
+def test_all_classes_of_one_pass_are_those_of_a_pass_each(pooled, scenes, method, compete):
+    classifier = pooled
+    if method is segmenter:
+        network = Segmenter(MiniSeg(K + 1, widths=(4, 4, 6, 8), width=4), K).double().eval()
+        classifier = wrap(network, layer="network.layer4", normalization="none", size=(H, W))
+    samples = [*scenes, sample(3, torch.zeros(H, W, dtype=torch.long))]
+    for batch in (1, 3, 9):
+        asked = {"compete": compete, "batch": batch}
+        found = segmentation(method, classifier, samples, **asked)
+        expected = segmentation(one_class_at_a_time(method), classifier, samples, **asked)
+        for name, one in expected.items():
+            same((found[name].value, *found[name].curve), (one.value, *one.curve), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("compete", ["present", "all"])
+def test_a_method_that_can_explains_all_classes_of_one_pass(pooled, passes, scenes, compete):
+    samples = [*scenes, sample(3, painted(0, (1, 2)))]
+    images, count, pairs = 4, 1, sum(len(classes_of(one)[0]) for one in samples)
+    for method, by, reference, expected in (
+        (cam, None, None, images),
+        (partial(cam), cam, pooled, images),
+        (cam, None, replace(pooled), 2 * images + count),
+        (RISE, None, None, images * (1 + 6) + images),
+        (RISE, grad_cam, None, images * (1 + 6) + pairs),
+    ):
+        passes.clear()
+        segmentation(method, pooled, samples, by=by, reference=reference, compete=compete, batch=3)
+        assert sum(passes) == expected + count, (method, by)
+    passes.clear()
+    alone = one_class_at_a_time(cam)
+    segmentation(alone, pooled, samples, by=alone, compete=compete, batch=3)
+    assert sum(passes) >= pairs + count
+
+
+def test_a_reference_of_the_same_text_is_the_explained_network(monkeypatch):
+    loaded, load = [], running.models.load
+    monkeypatch.setattr(running.models, "load", lambda choice: (loaded.append(choice), load(choice))[1])
+    model = {"name": "mini_resnet", "classes": 20}
+    data = {"name": "creatures", "count": 3, "variant": "scenes"}
+    table = {"model": model, "data": data, "method": "cam"}
+    found = []
+    for reference, count in ((None, 1), (model, 1), ({**model, "seed": 0}, 2)):
+        loaded.clear()
+        settings = {} if reference is None else {"reference": reference}
+        asked = Spec.of({**table, "metrics": [{"name": "segmentation", **settings}]})
+        found.append([one.value for one in running.run(asked).scores.scores])
+        assert len(loaded) == count
+    assert repr(found[0]) == repr(found[1]) == repr(found[2])
+    loaded.clear()
+    asked = Spec.of({**table, "layer": "layer3", "metrics": [{"name": "segmentation", "reference": model}]})
+    running.run(replace(asked, method=Choice("grad_cam")))
+    assert len(loaded) == 2
+
+
+def test_maps_in_memory_are_not_made_again_by_a_pass_for_all(pooled, passes, scenes):
+    maps = Maps(cam)
+    fresh = segmentation(cam, pooled, scenes, batch=2)
+    segmentation(maps, pooled, scenes[:2], batch=2)
+    assert maps.seconds > 0
+    passes.clear()
+    found = segmentation(maps, pooled, scenes, batch=2)
+    assert sum(passes) == 1 + 1, "the third image, and the one that tells how many classes there are"
+    for name, one in fresh.items():
+        same((found[name].value, *found[name].curve), (one.value, *one.curve))
+
+
+def test_a_network_without_a_cam_is_asked_for_one_once(curved, scenes):
+    calls = []
+    handle = curved.model.register_forward_hook(lambda _, __, logits: calls.append(len(logits)))
+    maps = given_maps(table_of(scenes, lambda n, k: noise(1, 6, 8, seed=k)))
+    segmentation(maps, curved, scenes, batch=1)
+    handle.remove()
+    classes = sum(len(classes_of(one)[0]) for one in scenes)
+    assert sum(calls) == 1 + 1 + classes, "classes, CAM that is not there, Grad-CAM of each class"
 
 
 # Metrics

@@ -1,13 +1,16 @@
 """Studies: the order of steps, what is done for each of several values, and what is shown of it."""
 
+import json
 import math
+from dataclasses import replace
+from itertools import permutations
 
 import pytest
 import torch
 from PIL import Image
 
 from sightline.runs import Choice, Run, Score, Scores, Spec
-from sightline.study import Study, curve, numbers, ordered, panels, record, step, titles
+from sightline.study import Study, curve, numbers, ordered, panels, record, shown, step, titles, winner
 
 HEAD = "seeds = [0, 1]\n"
 
@@ -150,6 +153,49 @@ def test_numbers_are_means_and_deviations_over_the_seeds():
     assert numbers([run({"area": 1.0})])["area"].deviation is None
 
 
+def test_a_seed_without_a_number_does_not_count():
+    nan = math.nan
+    found = numbers(
+        [run({"a": nan, "b": nan, "c": 5.0}), run({"a": 1.0, "b": nan, "c": nan}), run({"a": 4.0, "b": nan, "c": nan})]
+    )
+    assert (found["a"].mean, found["a"].count) == (2.5, 2)
+    assert found["a"].deviation == pytest.approx(math.sqrt(4.5))
+    assert math.isnan(found["b"].mean)
+    assert (found["b"].deviation, found["b"].count) == (None, 0)
+    assert (found["c"].mean, found["c"].deviation, found["c"].count) == (5.0, None, 1)
+    assert [shown(found[name], None)[0] for name in "abc"] == ["2.5 ± 2.1 (2 of 3 seeds)", "nan", "5 (1 of 3 seeds)"]
+
+
+@pytest.mark.parametrize("order", list(permutations((math.nan, 1.0, 3.0))))
+def test_what_is_no_number_wins_nowhere(order):
+    for higher, best in ((True, 3.0), (False, 1.0)):
+        column = [replace(numbers([run({"a": value})])["a"], higher_is_better=higher) for value in order]
+        assert winner(column).mean == best
+        assert winner([one for one in column if one.mean != best]) is None, (
+            "one number alone is not the best of several"
+        )
+    assert winner([replace(one, higher_is_better=None) for one in column]) is None
+
+
+def test_tables_tell_how_many_seeds_count(tmp_path):
+    read = study(tmp_path, CHAIN.replace('"CASM" =', '"x" = { method = "cam" }\n"y" = { method = "cam" }\n"CASM" ='))
+    values = {"x": [math.nan, math.nan], "y": [2.0, math.nan], "CASM": [1.0, 1.5]}
+    runs = done(read, {row: [{"area": value} for value in both] for row, both in values.items()})
+    lines = record(read, runs, tmp_path).read_text().splitlines()
+    assert lines[-3:] == ["| x | nan |", "| y | **2 (1 of 2 seeds)** |", "| CASM | 1.25 ± 0.35 |"]
+    latex = (tmp_path / "table.tex").read_text()
+    for row in (r"x & nan \\", r"y & \textbf{2 (1 of 2 seeds)} \\", r"CASM & 1.25 $\pm$ 0.35 \\"):
+        assert f"{row}\n" in latex
+    text = (tmp_path / "numbers.json").read_text()
+    assert "NaN" not in text
+    found = json.loads(text)["evaluations"]["areas"]
+    assert {row: one["metrics"]["area"] for row, one in found.items()} == {
+        "x": [None, None],
+        "y": [2.0, None],
+        "CASM": [1.0, 1.5],
+    }
+
+
 def test_metrics_of_one_name_are_told_apart_by_what_differs():
     a, b = {"reference": "net-0", "resolve": "smooth"}, {"reference": "net-0"}
     assert titles([Choice("miou", b), Choice("miou", a), Choice("area", {"of": "raw"})]) == [
@@ -187,6 +233,8 @@ def test_a_curve_has_the_values_that_are_done(tmp_path):
     assert drawn["gradient"].y == (7.0, 8.0)
     assert drawn["gradient"].spread == (0.0, 0.0)
     assert curve("mass", sweep.curves["CAM"], found).x == ()
+    found["CAM, epochs 3"] = numbers([run({"area": math.nan})])
+    assert panels(sweep, ("area",), found)["area"]["CAM"].x == (1.0,)
 
 
 def test_a_metric_to_show_that_no_row_has_is_told(tmp_path):

@@ -5,10 +5,12 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from sightline.classifier import UnsuitedError, wrap
 from sightline.cli._windows import command
 from sightline.models import mini_resnet, mini_vit
+from sightline.models._kernel_net import kernel_net
 from sightline.windows import Window, measured_windows, window, window_in_cells
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
@@ -172,6 +174,89 @@ def test_attention_and_squeezing_see_the_whole_image():
     assert [(one.layer, one.whole) for one in found] == [("stem", False), ("last", True)]
 
 
+@pytest.mark.parametrize("layers", STACKS.values(), ids=STACKS)
+def test_the_formula_is_read_off_the_network(layers):
+    found = measured_windows(classifier_of(layers), tries=2)
+    kept = [number for number, one in enumerate(layers) if one[0] == CONV]
+    for number, one in zip(kept, found, strict=True):
+        assert one.formula == (window(formula(layers[: number + 1])),) * 2
+        assert all(most >= seen for most, seen in zip(one.formula, one.pixels, strict=True))
+
+
+@pytest.mark.parametrize("kernel", [1, 3, 5])
+def test_a_kernel_net_has_the_windows_of_the_paper(kernel):
+    found = measured_windows(kernel_net(kernel=kernel, channels=4, size=24), tries=3)
+    assert [one.formula for one in found] == [(1 + depth * (kernel - 1),) * 2 for depth in range(1, 6)]
+    assert all(one.pixels == one.formula for one in found)
+
+
+class Written(nn.Module):
+    """A network whose last layer reads what `body` makes of an image."""
+
+    def __init__(self, body, width=4):
+        super().__init__()
+        self.body, self.last, self.head = body, nn.Identity(), nn.Linear(width, 3)
+
+    def forward(self, x):
+        return self.head(self.last(self.body(x)).mean((2, 3)))
+
+
+class Function(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function, self.a, self.b = function, nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+
+    def forward(self, x):
+        return self.function(self, x)
+
+
+def written(*modules):
+    model = Written(nn.Sequential(*(Function(one) if not isinstance(one, nn.Module) else one for one in modules)))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        for one in model.modules():
+            if isinstance(one, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
+                one.reset_parameters()
+    return measured_windows(wrap(model, layer="last", normalization="none", size=(32, 40)), layers=["last"])[0]
+
+
+CHAINS = {
+    "flat": ((nn.Conv2d(3, 4, (3, 5), padding=(1, 2)), nn.ELU(), nn.Conv2d(4, 4, (1, 3), padding=(0, 1))), (3, 7)),
+    "average": ((nn.Conv2d(3, 4, 3, padding=1), nn.AvgPool2d(2), nn.Conv2d(4, 4, 3, padding=1)), (8, 8)),
+    "functional": ((lambda m, x: F.max_pool2d(m.a(x).relu_(), 3, 2, 1), nn.GELU()), (5, 5)),
+    "plain average": ((lambda m, x: F.avg_pool2d(m.b(2 * m.a(x) - 1), 3),), (7, 7)),
+    "depthwise": ((nn.Conv2d(3, 4, 1), nn.ZeroPad2d(2), nn.Conv2d(4, 4, 5, groups=4), nn.SiLU(), nn.Dropout()), (5, 5)),
+}
+
+
+@pytest.mark.parametrize(("modules", "sides"), CHAINS.values(), ids=CHAINS)
+def test_a_chain_may_be_written_in_any_way(modules, sides):
+    found = written(*modules)
+    assert found.formula == sides
+    assert all(most >= seen for most, seen in zip(sides, found.pixels, strict=True))
+    assert found.pixels == sides
+
+
+BRANCHES = {
+    "residual": lambda m, x: m.a(x) + m.b(m.a(x)),
+    "joined": lambda m, x: m.b(torch.cat([m.a(x)[:, :2], m.a(x)[:, 2:]], 1)),
+    "gated": lambda m, x: m.a(x) * m.b(m.a(x)).sigmoid(),
+    "squared": lambda m, x: m.a(x) * m.a(x),
+    "squeezed": lambda m, x: m.a(x) - m.a(x).mean((2, 3), keepdim=True),
+    "resized": lambda m, x: F.interpolate(m.a(x), scale_factor=0.5),
+    "turned": lambda m, x: m.a(x).flip(2),
+    "global": lambda m, x: F.adaptive_avg_pool2d(m.a(x), 4),
+    "of this image": nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4, track_running_stats=False)),
+    "layers": nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.GroupNorm(1, 4)),
+    "transposed": nn.ConvTranspose2d(3, 4, 3, padding=1),
+}
+
+
+@pytest.mark.parametrize("module", BRANCHES.values(), ids=BRANCHES)
+def test_what_is_no_chain_has_no_formula(module):
+    assert written(module).formula is None
+
+
 def test_layers_may_be_named_and_the_explained_one_is_always_there():
     classifier = mini_resnet(7, widths=(4, 4, 6, 8), size=48, layer="layer2.conv2")
     assert [one.layer for one in measured_windows(classifier, tries=2)] == [
@@ -233,3 +318,8 @@ def test_the_command_prints_a_line_a_layer(capsys):
     assert "23 x 23" in told
     assert "whole" in told
     assert "stem" not in told
+    lines = [line.split() for line in told.splitlines()]
+    assert [line[-3:-1] for line in lines if line[:1] == ["layer2"]] == [["-", "12.9"]]
+    command(["--model", "kernel_net?size=24&channels=4", "--layer", "layer2", "--tries", "3"], standalone_mode=False)
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("layer2"))
+    assert line.count("5 x 5") == 3

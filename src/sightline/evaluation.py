@@ -3,11 +3,12 @@
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, runtime_checkable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from sightline.classifier import Absent, Classifier, Method, check_images, check_labels, check_range, probability
@@ -24,6 +25,15 @@ Explain: TypeAlias = Literal["scored", "label", "predicted", "second", "least"]
 
 EXPLAIN = ("scored", "label", "predicted", "second", "least")
 
+Together: TypeAlias = Callable[[Classifier, Images, Int[Tensor, "b n"]], Float[Tensor, "b n _i _j"]]
+"""A method that explains several classes of each image in one call (`methods.per_class`)."""
+
+Shown: TypeAlias = dict[str, dict[int, str | None]]
+"""Image -> class whose map was asked for -> why that map shows nothing, None where it shows something.
+
+Of those that show something no more stand there than tell whether the image was asked about for several classes.
+"""
+
 
 def measure(
     method: Method,
@@ -39,7 +49,8 @@ def measure(
     `explain` says whose map is made: the class that each metric scores (so a metric of the label and one of the
     predicted class each get their own map), the label, or the predicted, second or least probable class. Maps are
     resized to the image (bilinear) and scaled to [0, 1]; a map that is not finite is scored as zero everywhere, and
-    every constant or non-finite map is listed in `degenerate`. `report` is told how many images are done.
+    every constant or non-finite map is listed in `degenerate`, with its class where several classes of the image are
+    explained. `report` is told how many images are done.
 
     Raises:
         TypeError: images, or maps of the method, that are no float tensors.
@@ -57,7 +68,7 @@ def measure(
         if report is not None:
             report(done)
 
-    return measured(Maps.of_method(method), classifier, batches, metrics, explain, each=each).scores()
+    return measured(Maps.of_method(method), classifier, batches, metrics, explain, each=each).scores(classifier.classes)
 
 
 def measured(
@@ -75,17 +86,18 @@ def measured(
     `start` is the first image's place in the data set; `each` is called after every batch.
     """
     tally, before = Tally.empty(metrics, classifier), maps.seconds
-    for batch in batches:
-        subject = Subject(maps, classifier, checked_batch(batch, classifier), tally.log)
-        done = start + len(tally.log.ids)
-        places = torch.arange(done, done + len(batch), device=subject.batch.x.device)
-        tally.log.note(subject)
-        for name, one in metrics.items():
-            scored = subject.label(one.scored, name)
-            case = subject.case(one.scored if explain == "scored" else explain, one.scored, scored)
-            tally.sums[name].update(one(case), places)
-        if each is not None:
-            each(subject)
+    with maps.noted(classifier) as tally.log.shown:
+        for batch in batches:
+            subject = Subject(maps, classifier, checked_batch(batch, classifier))
+            done = start + len(tally.log.ids)
+            places = torch.arange(done, done + len(batch), device=subject.batch.x.device)
+            tally.log.note(subject)
+            for name, one in metrics.items():
+                scored = subject.label(one.scored, name)
+                case = subject.case(one.scored if explain == "scored" else explain, one.scored, scored)
+                tally.sums[name].update(one(case), places)
+            if each is not None:
+                each(subject)
     tally.seconds = maps.seconds - before
     return tally
 
@@ -107,7 +119,7 @@ def cases(
     check_scored(scored)
     maps = Maps.of_method(method)
     for batch in batches:
-        subject = Subject(maps, classifier, checked_batch(batch, classifier), Log())
+        subject = Subject(maps, classifier, checked_batch(batch, classifier))
         yield subject.case(scored if explain == "scored" else explain, scored, subject.label(scored))
 
 
@@ -150,6 +162,7 @@ class Maps:
         self.seconds = 0.0
         self.memory: dict[tuple[int, str, int], tuple[Tensor, Tensor]] = {}
         self.classifiers: dict[int, Classifier] = {}  # kept, so that no other one gets the number of one that is gone
+        self.notes: tuple[int, Shown] | None = None
 
     @classmethod
     def of_method(cls, method: Method) -> "Maps":
@@ -175,7 +188,61 @@ class Maps:
             self.memory |= {keys[i]: (images[i], one) for i, one in zip(new, made, strict=True)}
         found = torch.stack([self.memory[key][1] for key in keys])
         self.trim(4 * len(batch))
+        self.note(classifier, batch.ids, y.tolist(), found)
         return found
+
+    def together(
+        self, classifier: Classifier, batch: Batch, classes: Sequence[Sequence[int]], make: Together
+    ) -> Float[Tensor, "n 1 _i _j"]:
+        """Return the maps of several classes of each image, image after image; one call of `make` makes the new ones.
+
+        An image with fewer new classes than another is asked about its last one again.
+
+        Raises:
+            TypeError, ValueError: as `of`.
+        """
+        self.classifiers[id(classifier)], images = classifier, [sample.image for sample in batch.samples]
+        keys = [[(id(classifier), name, k) for k in labels] for name, labels in zip(batch.ids, classes, strict=True)]
+        new = {i: [key for key in keys[i] if not self.knows(key, image)] for i, image in enumerate(images)}
+        new = {i: missing for i, missing in new.items() if missing}
+        if new:
+            most = max(map(len, new.values()))
+            y = torch.tensor([[key[2] for key in one + one[-1:] * (most - len(one))] for one in new.values()])
+            with self.timed(batch.x):
+                made = make(classifier, batch.x[list(new)], y.to(batch.x.device))
+            rows = torch.split(checked(made.flatten(0, 1)[:, None], y.numel()), most)
+            for (i, missing), maps in zip(new.items(), rows, strict=True):
+                self.memory |= {key: (images[i], one) for key, one in zip(missing, maps, strict=False)}
+        pairs = [key for one in keys for key in one]
+        found = torch.stack([self.memory[key][1] for key in pairs])
+        self.trim(len(pairs))
+        self.note(classifier, [name for _, name, _ in pairs], [label for _, _, label in pairs], found)
+        return found
+
+    @contextmanager
+    def timed(self, x: Images) -> Iterator[None]:
+        """Add the time of what is done meanwhile, where x is."""
+        synchronize(x)
+        start = time.perf_counter()
+        yield
+        synchronize(x)
+        self.seconds += time.perf_counter() - start
+
+    @contextmanager
+    def noted(self, classifier: Classifier) -> Iterator[Shown]:
+        """Note which maps of a classifier are asked for meanwhile, whether they are new or not, and what they show."""
+        before, found = self.notes, dict[str, dict[int, str | None]]()
+        self.notes = id(classifier), found
+        try:
+            yield found
+        finally:
+            self.notes = before
+
+    def note(self, classifier: Classifier, ids: Sequence[str], labels: Sequence[int], maps: Saliency) -> None:
+        """Note maps that do not come from here, as `of` does its own; nothing is noted outside `noted`."""
+        if self.notes is not None and self.notes[0] == id(classifier):
+            for name, label, reason in zip(ids, labels, degenerate(maps), strict=True):
+                add_shown(self.notes[1], name, label, reason)
 
     def recall(self, classifier: Classifier, entries: Iterable[tuple[str, int, Tensor, Tensor]]) -> None:
         """Have these maps alone in memory, the last ones as far as there is room: name, class, image, map."""
@@ -207,15 +274,11 @@ class Maps:
     def made(self, classifier: Classifier, batch: Batch, y: Labels, new: Sequence[int]) -> Float[Tensor, "n 1 i j"]:
         """Explain some images of a batch, and add to the time."""
         x, labels = (batch.x, y) if len(new) == len(batch) else (batch.x[new], y[new])
-        synchronize(x)
-        start = time.perf_counter()
         if isinstance(self.method, Named):
             ids, size = [batch.ids[i] for i in new], (x.shape[2], x.shape[3])
             return checked(self.method.of(ids, labels, size).to(x.device), len(x))
-        saliency = checked(self.method(classifier, x, labels), len(x))
-        synchronize(x)
-        self.seconds += time.perf_counter() - start
-        return saliency
+        with self.timed(x):
+            return checked(self.method(classifier, x, labels), len(x))
 
 
 @dataclass(eq=False)
@@ -226,7 +289,7 @@ class Log:
     labels: list[int | None] = field(default_factory=list[int | None])
     predicted: list[int] = field(default_factory=list[int])
     probability: list[float] = field(default_factory=list[float])
-    degenerate: dict[str, str] = field(default_factory=dict[str, str])
+    shown: Shown = field(default_factory=dict[str, dict[int, str | None]])
 
     def note(self, subject: "Subject") -> None:
         """Note one batch; where there is no classifier, the prediction is -1."""
@@ -246,7 +309,36 @@ class Log:
         self.labels += other.labels
         self.predicted += other.predicted
         self.probability += other.probability
-        self.degenerate |= other.degenerate
+        self.show(other.shown)
+
+    def show(self, shown: Shown) -> None:
+        """Add what more maps show."""
+        for name, classes in shown.items():
+            for label, reason in classes.items():
+                add_shown(self.shown, name, label, reason)
+
+    def degenerate(self, classes: Sequence[str]) -> dict[str, str]:
+        """Say why maps of an image show nothing, by image: with the classes where it was asked about for several."""
+        reasons = {name: said(shown, classes) for name, shown in self.shown.items()}
+        return {name: reason for name, reason in reasons.items() if reason}
+
+
+def add_shown(shown: Shown, name: str, label: int, reason: str | None) -> None:
+    """Add one map; of those that show something no more than two an image stay."""
+    of_image = shown.setdefault(name, {})
+    if reason is not None:
+        of_image[label] = reason
+    elif len(of_image) < 2:
+        of_image.setdefault(label)
+
+
+def said(shown: Mapping[int, str | None], classes: Sequence[str]) -> str:
+    """Say why maps of one image show nothing: `all zero`, or `all zero (cat, dog), constant (bird)`."""
+    listed: dict[str, list[str]] = {}
+    for label, reason in sorted(shown.items()):
+        if reason is not None:
+            listed.setdefault(reason, []).append(classes[label] if label < len(classes) else f"class {label}")
+    return ", ".join(f"{reason} ({', '.join(names)})" if len(shown) > 1 else reason for reason, names in listed.items())
 
 
 @dataclass(eq=False)
@@ -264,8 +356,8 @@ class Tally:
 
         return cls(Log(), {name: Accumulate(one).to(classifier.device) for name, one in metrics.items()})
 
-    def scores(self) -> Scores:
-        """Return the outcome.
+    def scores(self, classes: Sequence[str] = ()) -> Scores:
+        """Return the outcome; `classes` are the names of the classes, where they have some.
 
         Raises:
             ValueError: no image was measured.
@@ -275,7 +367,7 @@ class Tally:
             raise ValueError("no image was measured; the data set is empty")
         scores = tuple(summed(Choice(name), one) for name, one in self.sums.items())
         lists = tuple(log.ids), tuple(log.labels), tuple(log.predicted), tuple(log.probability)
-        return Scores(scores, *lists, self.seconds, log.degenerate)
+        return Scores(scores, *lists, self.seconds, log.degenerate(classes))
 
 
 def summed(metric: Choice, sums: "Accumulate") -> Score:
@@ -293,8 +385,8 @@ def summed(metric: Choice, sums: "Accumulate") -> Score:
 class Subject:
     """One batch under explanation: each map is made once, whatever asks for it."""
 
-    def __init__(self, maps: Maps, classifier: Classifier, batch: Batch, log: Log) -> None:
-        self.maps, self.classifier, self.batch, self.log = maps, classifier, batch, log
+    def __init__(self, maps: Maps, classifier: Classifier, batch: Batch) -> None:
+        self.maps, self.classifier, self.batch = maps, classifier, batch
         self.logits = logits_of(classifier, batch.x)
         self.cases: dict[tuple[str, str], Case] = {}
 
@@ -325,11 +417,8 @@ class Subject:
         return self.cases[kind, scored]
 
     def map(self, kind: str) -> Saliency:
-        """Return the maps of class `kind`, and note those that show nothing."""
-        maps = self.maps.of(self.classifier, self.batch, self.label(kind))
-        reasons = zip(self.batch.ids, degenerate(maps), strict=True)
-        self.log.degenerate.update({name: reason for name, reason in reasons if reason is not None})
-        return maps
+        """Return the maps of class `kind`."""
+        return self.maps.of(self.classifier, self.batch, self.label(kind))
 
 
 def size_of(values: Tensor) -> int:

@@ -23,7 +23,7 @@ from sightline.backgrounds import Resolve, basic, labels_at
 from sightline.classifier import Classifier, Method
 from sightline.data import Batch, Indexed, Sample
 from sightline.erase import Eraser
-from sightline.evaluation import Log, Maps, Subject, checked_batch
+from sightline.evaluation import Maps, Subject, checked_batch
 from sightline.explanation import laid
 from sightline.hyperplanes import signed_distances
 from sightline.maps import degenerate, resize
@@ -145,10 +145,11 @@ def explained(
     Raises:
         TypeError, ValueError: images, labels or maps that do not fit; see `evaluation.measure`.
     """
-    log, maps = Log(), Maps.of_method(method)
-    subject = Subject(maps, classifier, checked_batch(batch, classifier), log)
+    maps = Maps.of_method(method)
+    subject = Subject(maps, classifier, checked_batch(batch, classifier))
     case = subject.case(explain, explain, subject.label(explain))
-    return Explained(title, case, signed(maps.method), log.degenerate)
+    reasons = zip(batch.ids, degenerate(subject.map(explain)), strict=True)
+    return Explained(title, case, signed(maps.method), {name: reason for name, reason in reasons if reason})
 
 
 def maps(

@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 from torch import Tensor
 
 from sightline.classifier import Classifier
-from sightline.evaluation import Log, Tally
+from sightline.evaluation import Log, Shown, Tally
 from sightline.metrics import Measure
 from sightline.processes import first, wait
 from sightline.runs import Score, describe, strict, write_bytes, write_text
@@ -25,6 +25,9 @@ MOST = 1024
 
 CLAIM, MAP = "claim.json", "map/"
 """What a folder belongs to, and how the names of maps begin in a piece."""
+
+FORM = 2
+"""How pieces are written, as a part of the claim: those of another form are not read."""
 
 
 def cut(count: int, batch: int) -> Iterator[range]:
@@ -47,7 +50,7 @@ class Pieces:
         self.memory: dict[str, bytes] = {}
         if folder is None:
             return
-        text = json.dumps(strict(claim), indent=1, sort_keys=True, default=describe) + "\n"
+        text = json.dumps(strict({"form": FORM, **claim}), indent=1, sort_keys=True, default=describe) + "\n"
         kept = folder / CLAIM
         if first() and folder.exists() and not kept.exists() and any(folder.iterdir()):
             raise ValueError(f"{folder} holds other things than pieces; give a folder of their own, which is emptied")
@@ -103,7 +106,12 @@ def unpacked(content: bytes) -> tuple[Log, float, Mapping[str, Mapping[str, Tens
         if not key.startswith(MAP):
             part, _, name = key.partition("/")
             held.setdefault(name, {})[part] = tensor
-    return Log(**notes["log"]), float(notes["seconds"]), held
+    return Log(**{**notes["log"], "shown": shown_of(notes["log"]["shown"])}), float(notes["seconds"]), held
+
+
+def shown_of(table: Mapping[str, Mapping[str, str | None]]) -> Shown:
+    """Return what maps show from JSON, where the numbers of classes are text."""
+    return {name: {int(label): reason for label, reason in one.items()} for name, one in table.items()}
 
 
 def maps_in(content: bytes) -> Held:
@@ -130,17 +138,17 @@ def joined(pieces: Iterable[bytes], metrics: Mapping[str, Measure], classifier: 
     return total
 
 
-def packed_parts(found: Mapping[str, Mapping[str, Score]], seconds: float) -> bytes:
-    """Return what protocols gave, by their texts and parts, as JSON."""
+def packed_parts(found: Mapping[str, Mapping[str, Score]], seconds: float, shown: Shown) -> bytes:
+    """Return what protocols gave, by their texts and parts, and what the maps show, as JSON."""
     table = {
         text: {part: {**asdict(score), "metric": score.metric.plain()} for part, score in parts.items()}
         for text, parts in found.items()
     }
-    return json.dumps({"found": strict(table), "seconds": seconds}, default=describe).encode()
+    return json.dumps({"found": strict(table), "seconds": seconds, "shown": shown}, default=describe).encode()
 
 
-def unpacked_parts(content: bytes) -> tuple[dict[str, dict[str, Score]], float]:
-    """Return what protocols gave, by their texts and parts, and their seconds."""
+def unpacked_parts(content: bytes) -> tuple[dict[str, dict[str, Score]], float, Shown]:
+    """Return what protocols gave, by their texts and parts, their seconds, and what the maps show."""
     table = json.loads(content)
     found = {text: {part: Score.of(score) for part, score in parts.items()} for text, parts in table["found"].items()}
-    return found, float(table["seconds"])
+    return found, float(table["seconds"]), shown_of(table["shown"])

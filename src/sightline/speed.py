@@ -50,8 +50,8 @@ def fast(classifier: Classifier, *, precision: Precision = "exact") -> Classifie
 
     *Differs* from the plain classifier by the order of sums: logits and features by 1e-6 of the largest or so. Where a
     rounding error switches a ReLU or the winner of a maximum pooling, gradients of single pixels differ by more, as
-    they do between two batch sizes. There is no second derivative. A network that takes other ways for other images than noise is folded for those
-    that noise takes.
+    they do between two batch sizes. There is no second derivative. A network that takes other ways
+    for other images than noise is folded for those that noise takes.
 
     Attention inside `nn.MultiheadAttention` stays torch's. Costs two copies of the weights, three with gradients, and
     a few forward passes of one image.

@@ -27,6 +27,7 @@ them apart (`net-{value}`), an evaluation is drawn as curves over its `axis`, a 
 """
 
 import json
+import math
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -42,7 +43,7 @@ from sightline.processes import first
 from sightline.recipes import Recipe
 from sightline.registry import find, unknown
 from sightline.running import finished, named, run
-from sightline.runs import Choice, Run, Score, Spec, file_name, read_toml, write_bytes, write_text
+from sightline.runs import Choice, Run, Score, Spec, file_name, read_toml, strict, write_bytes, write_text
 from sightline.segmenting import MANIFEST, Segmenting, segment
 from sightline.training import Progress
 from sightline.viz import Curve, curves, png
@@ -347,12 +348,20 @@ def evaluated(spec: Spec, path: Path, label: str, tell: Told) -> Run:
 
 @dataclass(frozen=True)
 class Number:
-    """A metric over the seeds: mean, standard deviation (None of one seed), direction and the single values."""
+    """A metric over the seeds: mean, standard deviation (None of one seed), direction and the single values.
+
+    A seed whose value is NaN counts in neither; without any that counts the mean is NaN.
+    """
 
     mean: float
     deviation: float | None
     higher_is_better: bool | None
     values: tuple[float, ...]
+
+    @property
+    def count(self) -> int:
+        """How many seeds count."""
+        return len(counted(self.values))
 
 
 def numbers(runs: Sequence[Run]) -> dict[str, Number]:
@@ -366,9 +375,16 @@ def numbers(runs: Sequence[Run]) -> dict[str, Number]:
 
 
 def number(column: Sequence[Score]) -> Number:
-    """Return mean and deviation of one metric over the seeds."""
+    """Return mean and deviation of one metric over the seeds that count."""
     values = tuple(score.value for score in column)
-    return Number(fmean(values), stdev(values) if len(values) > 1 else None, column[0].higher_is_better, values)
+    known = counted(values)
+    mean, deviation = fmean(known) if known else math.nan, stdev(known) if len(known) > 1 else None
+    return Number(mean, deviation, column[0].higher_is_better, values)
+
+
+def counted(values: Iterable[float]) -> list[float]:
+    """Return the values that are not NaN."""
+    return [value for value in values if not math.isnan(value)]
 
 
 def titles(metrics: Sequence[Choice]) -> list[str]:
@@ -427,26 +443,27 @@ def laid(one: Evaluation, made: Mapping[str, Sequence[Run]]) -> tuple[list[str],
 
 
 def winner(column: Sequence[Number]) -> Number | None:
-    """Return the best number of a column of several; None where neither direction is better."""
-    way = column[0].higher_is_better
-    if way is None or len(column) < 2:
+    """Return the best of several numbers of a column; None where neither direction is better. NaN is no number."""
+    way, known = column[0].higher_is_better, [one for one in column if one.count]
+    if way is None or len(known) < 2:
         return None
-    return max(column, key=lambda one: one.mean if way else -one.mean)
+    return max(known, key=lambda one: one.mean if way else -one.mean)
 
 
 def shown(number: Number | None, best: Number | None) -> tuple[str, bool]:
-    """Write mean ± deviation, nothing where there is no number, and tell whether it is the best."""
+    """Write mean ± deviation, of how many seeds unless of all, nothing where there is no number; tell the best."""
     if number is None:
         return "", False
     text = f"{number.mean:.4g}" if number.deviation is None else f"{number.mean:.4g} ± {number.deviation:.2g}"
-    return text, number is best
+    some = 0 < number.count < len(number.values)
+    return f"{text} ({number.count} of {len(number.values)} seeds)" if some else text, number is best
 
 
 def record(study: Study, runs: Mapping[str, Mapping[str, Sequence[Run]]], out: Path | str) -> Path:
     """Write table.md, table.tex, numbers.json and the curves; return table.md.
 
-    numbers.json has every value and the specification of its run. The runs themselves, with all that determines them,
-    lie below it.
+    numbers.json has the value of every seed (null where it is NaN, which counts in no mean) and the specification of
+    its run. The runs themselves, with all that determines them, lie below it.
     """
     folder, rows = Path(out), {name: dict(one) for name, one in runs.items()}
     plain = {
@@ -461,7 +478,8 @@ def record(study: Study, runs: Mapping[str, Mapping[str, Sequence[Run]]], out: P
         }
         for name, row in rows.items()
     }
-    text = json.dumps({"title": study.title, "evaluations": plain}, indent=1, sort_keys=True, default=str) + "\n"
+    table = strict({"title": study.title, "evaluations": plain})
+    text = json.dumps(table, indent=1, sort_keys=True, default=str) + "\n"
     write_text(folder / "numbers.json", text)
     for one in study.evaluations:
         found = {label: numbers(made) for label, made in runs[one.name].items() if made}
@@ -483,5 +501,6 @@ def panels(
 def curve(metric: str, points: Sequence[tuple[float, str]], found: Mapping[str, Mapping[str, Number]]) -> Curve:
     """Return one row's curve of one metric."""
     known = [(x, found[label][metric]) for x, label in points if metric in found.get(label, {})]
+    known = [(x, one) for x, one in known if one.count]
     spread = tuple(one.deviation or 0.0 for _, one in known)
     return Curve(tuple(x for x, _ in known), tuple(one.mean for _, one in known), spread)

@@ -9,6 +9,7 @@ import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
+from typing import Any, TypeAlias
 
 import torch
 from jaxtyping import Bool
@@ -21,6 +22,22 @@ from sightline.hooks import capture, differentiable, frozen
 from sightline.layers import Layer, outermost, usable
 from sightline.types import Features, Images
 
+Pair: TypeAlias = tuple[int, int]
+"""Height and width."""
+
+CONVOLUTION, POOLINGS = "ConvolutionBackward0", ("MaxPool2DWithIndicesBackward0", "AvgPool2DBackward0")
+"""What autograd calls the operations that have a window."""
+
+POINTWISE = frozenset(
+    f"{name}Backward0"
+    for name in (
+        *("Add", "Sub", "Mul", "Div", "NativeBatchNorm", "ConstantPadNd", "Clone", "ToCopy"),
+        *("Relu", "LeakyRelu", "PreluKernel", "Hardtanh", "Elu", "Gelu", "Silu", "Mish", "Softplus"),
+        *("Hardswish", "Hardsigmoid", "Sigmoid", "Tanh"),
+    )
+)
+"""Those that give every cell of the one map they read by itself: their other operands are constants."""
+
 
 @dataclass(frozen=True)
 class Window:
@@ -28,7 +45,9 @@ class Window:
 
     `cells` is how far the cells reach that depend on the pixel in the middle of the image, `pixels` how far the pixels
     reach on which the cell in the middle of the layer depends; what lies outside the image counts in neither. `share`
-    is how many of the image's pixels these are, in percent: with holes (dilation) fewer than in the box.
+    is how many of the image's pixels these are, in percent: with holes (dilation) fewer than in the box. `formula` is
+    the most that `pixels` can be, not cut off at the border, where the layer stands behind a chain of convolutions and
+    poolings (see `window`), and None where it does not: branches that meet (residuals), attention, what sees all.
     """
 
     layer: str
@@ -37,6 +56,7 @@ class Window:
     cells: tuple[int, int]
     pixels: tuple[int, int]
     share: float
+    formula: Pair | None = None
 
     @property
     def whole(self) -> bool:
@@ -82,7 +102,7 @@ def measured_windows(
     cells for which dA / dx_p of the middle pixel p is not zero (one forward pass with its tangent), and the pixels for
     which the gradient of the middle cell, its channels mixed at random, is not zero (one backward pass). What is found
     in any of them counts, for a ReLU or a max pooling lets only some through: a lower bound, which more tries make
-    tight.
+    tight. Its `formula` is read off one run of the network: that is an upper bound.
 
     Raises:
         ValueError: no try, or a layer that cannot be explained.
@@ -100,10 +120,11 @@ def measured_windows(
     shape = 1, classifier.channels, *classifier.size
     found: list[Supports] = []
     with differentiable(), frozen(exact.model), sdpa_kernel(SDPBackend.MATH):
+        formulas = counted(exact, chosen, torch.full(shape, 0.5, dtype=torch.float64))
         for _ in range(tries):
             x, direction = (torch.rand(shape, generator=generator, dtype=torch.float64) for _ in range(2))
             found.append(Supports(reached(exact, chosen, x, direction), seen(exact, chosen, x, generator)))
-    return tuple(united(one, found, classifier.size) for one in chosen)
+    return tuple(united(one, found, classifier.size, formulas[one.name]) for one in chosen)
 
 
 @dataclass(frozen=True, eq=False)
@@ -186,12 +207,63 @@ def support(value: Tensor, x: Images) -> Bool[Tensor, "h w"]:
     return (found[0] != 0).any(0)
 
 
-def united(layer: Layer, found: Sequence[Supports], size: tuple[int, int]) -> Window:
+def counted(classifier: Classifier, layers: Sequence[Layer], x: Images) -> dict[str, Pair | None]:
+    """Return the sides of what a cell of each layer sees by the formula; None where there is no chain."""
+    with capture(classifier.model, [one.name for one in layers]) as found:
+        classifier(x.requires_grad_())
+    return {one.name: sides(chain(found[one.name])) for one in layers}
+
+
+def sides(layers: Sequence[tuple[Pair, ...]] | None) -> Pair | None:
+    """Return `window` of both axes."""
+    if layers is None:
+        return None
+    down, across = (window([tuple(pair[axis] for pair in one) for one in layers]) for axis in (0, 1))
+    return down, across
+
+
+def chain(output: Tensor) -> list[tuple[Pair, ...]] | None:
+    """Return kernel, stride and dilation of the convolutions and poolings from the image to an output.
+
+    Autograd's graph of a run, of which the image is the only leaf, tells what reads what. None unless each operation
+    reads one map alone and is a convolution, a pooling or pointwise.
+    """
+    node: Any = output.grad_fn
+    found: list[tuple[Pair, ...]] = []
+    while node is not None:
+        before = [one for one, _ in node.next_functions if one is not None]
+        if not before:
+            return found[::-1]
+        if len(before) > 1 or (one := form(node)) is None:
+            return None
+        found += one
+        (node,) = before
+    return None
+
+
+def form(node: Any) -> list[tuple[Pair, ...]] | None:
+    """Return what an operation adds to a chain: its window, nothing where it is pointwise; None for any other one."""
+    kind: str = node.name()
+    if kind in POINTWISE:
+        return None if getattr(node, "_saved_training", False) else []
+    if kind == CONVOLUTION and not node._saved_transposed:
+        kernel: Pair = tuple(node._saved_weight.shape[2:])
+    elif kind in POOLINGS:
+        kernel = tuple(node._saved_kernel_size)
+    else:
+        return None
+    stride: Pair = tuple(node._saved_stride) or kernel
+    dilation: Pair = tuple(getattr(node, "_saved_dilation", (1, 1)))
+    return [(kernel, stride, dilation)]
+
+
+def united(layer: Layer, found: Sequence[Supports], size: Pair, formula: Pair | None) -> Window:
     """Return what any of the tries found of a layer."""
     cells = torch.stack([one.cells[layer.name] for one in found]).any(0)
     pixels = torch.stack([one.pixels[layer.name] for one in found]).any(0)
     grid = cells.shape[0], cells.shape[1]
-    return Window(layer.name, size, grid, extent(cells), extent(pixels), 100 * float(pixels.double().mean()))
+    share = 100 * float(pixels.double().mean())
+    return Window(layer.name, size, grid, extent(cells), extent(pixels), share, formula)
 
 
 def extent(region: Bool[Tensor, "i j"]) -> tuple[int, int]:

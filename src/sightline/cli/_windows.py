@@ -17,7 +17,9 @@ def command(model: str, layers: tuple[str, ...], tries: int, seed: int) -> None:
     """Measure the contribution windows of a network's layers: how many cells depend on the pixel in the middle of the
     image, and how many pixels the cell in the middle of the layer depends on (height x width).
 
-    They are where exact gradients are not zero: at least as large as shown, and more --tries find all of it.
+    They are where exact gradients are not zero: at least as large as shown, and more --tries find all of it. By formula
+    is how many pixels a cell sees at most behind a chain of convolutions and poolings, the border of the image apart;
+    "-" where there is no chain, as where branches meet.
     """
     from rich.console import Console
 
@@ -26,12 +28,14 @@ def command(model: str, layers: tuple[str, ...], tries: int, seed: int) -> None:
     from sightline.windows import measured_windows
 
     found = measured_windows(load(model), layers=layers or None, seed=seed, tries=tries)
-    titles = ["name", "cells", "a pixel reaches, cells", "a cell sees, pixels", "of the image"]
+    titles = ["name", "cells", "a pixel reaches, cells", "a cell sees, pixels", "by formula", "of the image"]
     h, w = found[0].size
     Console().print(table(f"{model}, {h} x {w} pixels", titles, [row(one) for one in found]))
 
 
 def row(one: "Window") -> list[str]:
     """Return one layer's line of the table."""
-    pairs = [f"{down} x {across}" for down, across in (one.grid, one.cells, one.pixels)]
+    pairs = [
+        "-" if pair is None else f"{pair[0]} x {pair[1]}" for pair in (one.grid, one.cells, one.pixels, one.formula)
+    ]
     return [one.layer, *pairs, "whole" if one.whole else f"{one.share:.1f} %"]

@@ -5,7 +5,7 @@ supervised semantic segmentation, 2023. The background is resolved as in IRN (Ah
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -22,12 +22,13 @@ from sightline.evaluation import Maps, checked_batch
 from sightline.maps import by_maximum, resize, unit
 from sightline.methods._cam import cam
 from sightline.methods._grad_cam import grad_cam
+from sightline.methods._per_class import ONE_PASS, per_class
 from sightline.metrics import finite
 from sightline.metrics._segmentation import REGIONS, Average, regions, share
 from sightline.protocols._cues import KEYPOINTS
 from sightline.registry import chosen
-from sightline.runs import Choice, Score
-from sightline.types import Images, Labels, Saliency
+from sightline.runs import Choice, Score, unbound
+from sightline.types import Saliency
 
 Normalize: TypeAlias = Literal["max", "unit", "none"]
 
@@ -84,7 +85,8 @@ def segmentation(
     the pixels where the map of the method, before `resolve`, is at least `tau_sm` or below. All pixels of the data set
     are pooled; 255 in the mask counts nowhere; a number of which there is nothing (no class predicted, no NDR) is NaN.
     The sweep is one pass, its memory grows with classes times thresholds, and with all classes competing with `batch`
-    times classes.
+    times classes. Methods that explain all classes in one pass (`per_class`: CAM, RISE, CALM's maps, a segmenter) do so
+    once an image; where what defines DR is the method itself on the same network, no map is made for it.
 
     The recalls are biased where a CAM itself is evaluated: for an image of one class its DR-Recall is 100 at every
     threshold up to `tau_cam`, and its NDR-Recall is 0 at every one from there on. They tell how well other maps make
@@ -100,9 +102,11 @@ def segmentation(
         TypeError: a setting of a `resolve` of a wrong kind.
     """
     levels = checked_levels(thresholds if threshold is None else (threshold,))
-    scaled, resolved = chosen(normalize, NORMALIZERS, "normalization"), resolve_of(resolve)
+    scaled, resolved = chosen(normalize, NORMALIZERS, "normalization"), resolve_of(resolve, divided=normalize != "none")
     everyone = chosen(compete, {"present": False, "all": True}, "choice of competing classes")
-    seen, found = Maps.of_method(method), parting(samples, regions, by, reference, tau_cam)
+    seen = Maps.of_method(method)
+    own = seen if reference is None or reference is classifier else None
+    found = parting(samples, regions, own, by, reference, tau_cam)
     tally: Tally | None = None
     for part in batches(samples, batch):
         part = checked_batch(part, classifier)
@@ -128,14 +132,6 @@ def checked_levels(thresholds: Sequence[float]) -> tuple[float, ...]:
     if not thresholds or any(not a < b for a, b in pairwise(thresholds)) or not all(map(math.isfinite, thresholds)):
         raise ValueError(f"expected thresholds that increase, at least one, got {thresholds!r}")
     return tuple(float(level) for level in thresholds)
-
-
-def cam_of(classifier: Classifier, x: Images, y: Labels | None = None, /) -> Saliency:
-    """Return the CAM, and Grad-CAM of a network that has none."""
-    try:
-        return cam(classifier, x, y)
-    except UnsuitedError:
-        return grad_cam(classifier, x, y)
 
 
 def itself(maps: Float[Tensor, "n h w"]) -> Float[Tensor, "n h w"]:
@@ -198,17 +194,29 @@ def present(sample: Sample, there: set[int]) -> set[int]:
 def explained(
     maps: Maps, classifier: Classifier, part: Batch, classes: Sequence[Sequence[int]], chunk: int
 ) -> tuple[Float[Tensor, "_n h w"], ...]:
-    """Return for each image one map a class, at the image's size in float64; they are made `chunk` at a time."""
+    """Return for each image one map a class, at the image's size in float64.
+
+    They are made `chunk` at a time, or all classes of each image at once by a method that can.
+    """
     size = (part.x.shape[2], part.x.shape[3])
-    pairs = [(i, label) for i, labels in enumerate(classes) for label in labels]
+    raw = paired(maps, classifier, part, classes, chunk)
+    if any(classes) and any(known is unbound(maps.method) for known in ONE_PASS):
+        raw = iter(torch.split(maps.together(classifier, part, classes, per_class(maps.method)), chunk))
     found = [part.x.new_empty((0, *size), dtype=torch.float64)]
+    found += [enlarged(finite(some).double(), size)[:, 0] for some in raw]
+    return torch.split(torch.cat(found), [len(labels) for labels in classes])
+
+
+def paired(
+    maps: Maps, classifier: Classifier, part: Batch, classes: Sequence[Sequence[int]], chunk: int
+) -> Iterator[Saliency]:
+    """Yield the maps of every image and class, `chunk` at a time."""
+    pairs = [(i, label) for i, labels in enumerate(classes) for label in labels]
     for start in range(0, len(pairs), chunk):
         places, labels = zip(*pairs[start : start + chunk], strict=True)
         y = torch.tensor(labels, device=part.x.device)
         ids, samples = tuple(part.ids[i] for i in places), tuple(part.samples[i] for i in places)
-        raw = finite(maps.of(classifier, Batch(ids, part.x[list(places)], y, samples), y))
-        found.append(enlarged(raw.double(), size)[:, 0])
-    return torch.split(torch.cat(found), [len(labels) for labels in classes])
+        yield maps.of(classifier, Batch(ids, part.x[list(places)], y, samples), y)
 
 
 def enlarged(raw: Saliency, size: tuple[int, int]) -> Saliency:
@@ -224,7 +232,7 @@ def class_count(classifier: Classifier, reference: Classifier | None, part: Batc
         ValueError: the reference has others.
     """
     count = classifier(part.x[:1]).shape[1]
-    if reference is None:
+    if reference is None or reference is classifier:
         return count
     if (other := reference(part.x[:1]).shape[1]) != count:
         raise ValueError(
@@ -240,9 +248,12 @@ def class_count(classifier: Classifier, reference: Classifier | None, part: Batc
 
 
 def parting(
-    samples: object, regions: Regions, by: Method | None, reference: Classifier | None, tau_cam: float
+    samples: object, regions: Regions, own: Maps | None, by: Method | None, reference: Classifier | None, tau_cam: float
 ) -> Parting:
     """Return the function that finds the discriminative regions, DR.
+
+    `own` are the evaluated maps where they are of the network that DR is about: of the same method they are not made
+    again.
 
     Raises:
         LookupError: unknown regions.
@@ -252,7 +263,33 @@ def parting(
         if by is not None or reference is not None:
             raise ValueError("regions='cue' are the data set's own, no CAM's; leave out by= and reference=")
         return partial(marked, telling_of(samples))
-    return partial(highest, Maps.of_method(by or cam_of), reference, tau_cam)
+    methods = (cam, grad_cam) if by is None else (by,)
+    maps = [own if own and bare(own.method) is bare(one) else Maps.of_method(one) for one in methods]
+    return partial(suited, maps, reference, tau_cam)
+
+
+def bare(method: Method) -> Method:
+    """Return the function inside a partial without settings, any other method as it is."""
+    return method.func if isinstance(method, partial) and not (method.args or method.keywords) else method
+
+
+def suited(
+    maps: list[Maps],
+    reference: Classifier | None,
+    tau_cam: float,
+    classifier: Classifier,
+    part: Batch,
+    classes: Sequence[Sequence[int]],
+    chunk: int,
+) -> list[Bool[Tensor, "_n h w"]]:
+    """Return `highest` of the first method that suits the network; one before it is not asked again."""
+    try:
+        return highest(maps[0], reference, tau_cam, classifier, part, classes, chunk)
+    except UnsuitedError:
+        if len(maps) == 1:
+            raise
+        del maps[0]
+        return suited(maps, reference, tau_cam, classifier, part, classes, chunk)
 
 
 def highest(

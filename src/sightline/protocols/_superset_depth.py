@@ -5,7 +5,6 @@ ancestor of the label, from the label alone to every class there is.
 """
 
 import math
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from sightline.classifier import Classifier, Method
 from sightline.data import Batch, Indexed, Sample, batches
-from sightline.evaluation import Log, Maps, Named, Subject, checked_batch, synchronize
+from sightline.evaluation import Maps, Named, Subject, checked_batch
 from sightline.maps import scaled
 from sightline.methods._normalized import Normalize, normalization
 from sightline.methods._per_class import per_class
@@ -93,7 +92,7 @@ def superset_depth(
     sets: tuple[Members, ...] = ()
     tally = Tally(judge)
     for part in batches(samples, batch):
-        subject = Subject(maps, classifier, checked_batch(part, classifier), Log())
+        subject = Subject(maps, classifier, checked_batch(part, classifier))
         y = subject.label(judge.scored, "superset_depth")
         sets = sets or levels_of(hierarchy, nodes, classifier, subject.logits.shape[1])
         tally.add(y, swept(judge, subject, y, sets, n(every_class(subject))))
@@ -125,11 +124,10 @@ def every_class(subject: Subject) -> Float[Tensor, "b k _i _j"]:
     y = torch.arange(k, device=part.x.device).expand(count, k)
     if isinstance(maps.method, Named):
         return torch.cat([maps.of(subject.classifier, part, column) for column in y.unbind(1)], 1)
-    synchronize(part.x)
-    start = time.perf_counter()
-    found = per_class(maps.method)(subject.classifier, part.x, y).detach()
-    synchronize(part.x)
-    maps.seconds += time.perf_counter() - start
+    with maps.timed(part.x):
+        found = per_class(maps.method)(subject.classifier, part.x, y).detach()
+    for label, column in enumerate(found.unbind(1)):
+        maps.note(subject.classifier, part.ids, [label] * count, column[:, None])
     return found
 
 
