@@ -253,7 +253,7 @@ def form(node: Any) -> list[tuple[Pair, ...]] | None:
     else:
         return None
     stride: Pair = tuple(node._saved_stride) or kernel
-    dilation: Pair = tuple(getattr(node, "_saved_dilation", (1, 1)))
+    dilation: Pair = (1, 1) if kind == "AvgPool2DBackward0" else tuple(node._saved_dilation)
     return [(kernel, stride, dilation)]
 
 
