@@ -37,8 +37,7 @@ from sightline.evaluation import Maps, checked_batch, logits_of, synchronize
 from sightline.images import ImageError, fit
 from sightline.interchange import MEANING, Cams, read_labels, write_irn, write_labels
 from sightline.maps import by_maximum, degenerate, resize
-from sightline.methods import per_class
-from sightline.methods._per_class import ONE_PASS, PerClass
+from sightline.methods._per_class import PerClass, one_pass
 from sightline.metrics import finite
 from sightline.models._files import checksums
 from sightline.protocols._segmentation import NORMALIZERS, enlarged
@@ -50,7 +49,6 @@ from sightline.runs import (
     arguments,
     provenance,
     read_toml,
-    unbound,
     without_none,
     write_bytes,
     write_text,
@@ -651,11 +649,6 @@ def explained(work: Work, batch: Batch) -> tuple[Sequence[tuple[int, ...]], Sequ
         found[place].append(raw[None])
     synchronize(part.x)
     return classes, found
-
-
-def one_pass(method: Method) -> PerClass | None:
-    """Return the form of a method that makes the maps of all classes of an image at the price of one, if it has one."""
-    return per_class(method) if any(unbound(method) is known for known in ONE_PASS) else None
 
 
 def at_once(

@@ -45,6 +45,11 @@ def per_class(method: Method) -> PerClass:
     def explain(classifier: Classifier, x: Images, classes: Int[Tensor, "b n"]) -> Float[Tensor, "b n _i _j"]:
         return torch.cat([method(classifier, x, column) for column in classes.unbind(1)], 1)
 
-    configured = method if isinstance(method, partial) and not method.args else partial(method)
-    together = next((maps for known, maps in ONE_PASS.items() if known is configured.func), None)
-    return partial(together, **configured.keywords) if together else explain
+    return one_pass(method) or explain
+
+
+def one_pass(method: Method) -> PerClass | None:
+    """Return the form of a method that makes the maps of all classes of an image at the price of one, if it has one."""
+    inner, settings = (method.func, method.keywords) if isinstance(method, partial) else (method, {})
+    together = next((maps for known, maps in ONE_PASS.items() if known is inner), None)
+    return partial(together, **settings) if together else None

@@ -22,12 +22,12 @@ from sightline.evaluation import Maps, checked_batch
 from sightline.maps import by_maximum, resize, unit
 from sightline.methods._cam import cam
 from sightline.methods._grad_cam import grad_cam
-from sightline.methods._per_class import ONE_PASS, per_class
+from sightline.methods._per_class import one_pass
 from sightline.metrics import finite
 from sightline.metrics._segmentation import REGIONS, Average, regions, share
 from sightline.protocols._cues import KEYPOINTS
 from sightline.registry import chosen
-from sightline.runs import Choice, Score, unbound
+from sightline.runs import Choice, Score
 from sightline.types import Saliency
 
 Normalize: TypeAlias = Literal["max", "unit", "none"]
@@ -199,9 +199,9 @@ def explained(
     They are made `chunk` at a time, or all classes of each image at once by a method that can.
     """
     size = (part.x.shape[2], part.x.shape[3])
-    raw = paired(maps, classifier, part, classes, chunk)
-    if any(classes) and any(known is unbound(maps.method) for known in ONE_PASS):
-        raw = iter(torch.split(maps.together(classifier, part, classes, per_class(maps.method)), chunk))
+    raw, together = paired(maps, classifier, part, classes, chunk), one_pass(maps.method)
+    if together is not None and any(classes):
+        raw = iter(torch.split(maps.together(classifier, part, classes, together), chunk))
     found = [part.x.new_empty((0, *size), dtype=torch.float64)]
     found += [enlarged(finite(some).double(), size)[:, 0] for some in raw]
     return torch.split(torch.cat(found), [len(labels) for labels in classes])
