@@ -7,9 +7,11 @@ import torch
 from torch import nn
 
 from sightline.classifier import wrap
-from sightline.methods import cam, grad_cam, per_class, rise
+from sightline.methods import cam, flip_and_scale, grad_cam, gradient, per_class, rise
+from sightline.methods._per_class import one_pass
 
 FEW = partial(rise, samples=12, p=0.5, seed=3)
+LARGER = flip_and_scale(cam, scales=(1.0, 2.0), positive=True)
 
 
 class Net(nn.Module):
@@ -29,7 +31,7 @@ def classifier():
         return wrap(Net().double(), normalization="none", size=16)
 
 
-@pytest.mark.parametrize(("method", "size"), [(cam, 8), (grad_cam, 8), (FEW, 16)])
+@pytest.mark.parametrize(("method", "size"), [(cam, 8), (grad_cam, 8), (FEW, 16), (LARGER, 16)])
 def test_each_map_is_the_map_of_its_class(classifier, method, size):
     x = torch.rand(3, 3, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     classes = torch.tensor([[0, 3], [2, 2], [1, 0]])
@@ -47,6 +49,16 @@ def test_cam_takes_one_forward_for_all_classes(classifier):
     per_class(cam)(classifier, torch.rand(2, 3, 16, 16, dtype=torch.float64), torch.zeros(2, 4, dtype=torch.long))
     handle.remove()
     assert len(calls) == 1
+
+
+def test_scales_and_flips_have_one_pass_where_their_method_has(classifier):
+    images = []
+    handle = classifier.model.head.register_forward_hook(lambda _, args, __: images.append(len(args[0])))
+    per_class(LARGER)(classifier, torch.rand(2, 3, 16, 16, dtype=torch.float64), torch.zeros(2, 4, dtype=torch.long))
+    handle.remove()
+    assert images == [4, 4], "two scales, each with two images and their mirror images"
+    assert one_pass(flip_and_scale(LARGER)) is not None
+    assert one_pass(flip_and_scale(gradient)) is None
 
 
 def test_a_class_that_the_network_lacks_is_an_error(classifier):

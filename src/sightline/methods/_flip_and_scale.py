@@ -1,8 +1,11 @@
 """Flip and scale. Ahn, Cho and Kwak, Weakly supervised learning of instance segmentation (IRN), CVPR 2019."""
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
+from jaxtyping import Float, Int
+from torch import Tensor
 
 from sightline.classifier import Classifier, Method
 from sightline.maps import Mode, resize
@@ -26,7 +29,8 @@ def flip_and_scale(
     it left to right, or not; with `positive` negative values of each map are cut off first, as in IRN, where CAM is
     meant. (b, 1, i, j) on the largest of the maps' grids, at most the image's own: the others are resized to it
     (bilinear). One scale of 1 without flips gives the method's own map. The class is that of the clean image. Costs
-    1 forward and 2 maps a scale, at s^2 times the price, `chunk` images (at least the batch) at a time.
+    1 forward and 2 maps a scale, at s^2 times the price, `chunk` images (at least the batch) at a time. All classes of
+    an image come at the price of one where the method's do (`per_class`).
 
     *Differs:* IRN sums, on a grid of a quarter of the image, and divides by the maximum; resampling there is bicubic.
 
@@ -53,14 +57,36 @@ def scaled(
     chunk: int,
 ) -> Saliency:
     """Return the mean map of scaled and mirrored copies, (b, 1, i, j)."""
+
+    def maps(classifier: Classifier, x: Images, classes: Int[Tensor, "b 1"]) -> Saliency:
+        return method(classifier, x, classes[:, 0])
+
+    y = classifier.labels(x, y)
+    made = partial(scaled_all, scales=scales, flip=flip, positive=positive, mode=mode, chunk=chunk)
+    return made(classifier, x, y[:, None], method=maps)
+
+
+def scaled_all(
+    classifier: Classifier,
+    x: Images,
+    classes: Int[Tensor, "b n"],
+    *,
+    method: Callable[[Classifier, Images, Int[Tensor, "b n"]], Float[Tensor, "b n _i _j"]],
+    scales: tuple[float, ...],
+    flip: bool,
+    positive: bool,
+    mode: Mode,
+    chunk: int,
+) -> Float[Tensor, "b n _i _j"]:
+    """Return the mean maps of several classes of each image, by a method that makes them together."""
     check_counts(1, chunk)
     if not scales or min(scales) <= 0:
         raise ValueError(f"expected one or more scales above zero, got {scales}")
-    y, x = classifier.labels(x, y), x.detach()
-    maps: list[Saliency] = []
+    x = x.detach()
+    maps: list[Float[Tensor, "b n _i _j"]] = []
     for scale in scales:
         copy = resize(x, (max(1, round(x.shape[2] * scale)), max(1, round(x.shape[3] * scale))), mode)
-        maps += explained(method, classifier, y, copy, flip, chunk, scale)
+        maps += explained(method, classifier, classes, copy, flip, chunk, scale)
     maps = [one.relu() if positive else one for one in maps]
     h, w = larger(maps)
     size = min(h, x.shape[2]), min(w, x.shape[3])
@@ -68,16 +94,22 @@ def scaled(
 
 
 def explained(
-    method: Method, classifier: Classifier, y: Labels, copy: Images, flip: bool, chunk: int, scale: float
-) -> list[Saliency]:
-    """Return the map of the copy, and that of its mirror image mirrored back.
+    method: Callable[[Classifier, Images, Int[Tensor, "b n"]], Float[Tensor, "b n _i _j"]],
+    classifier: Classifier,
+    classes: Int[Tensor, "b n"],
+    copy: Images,
+    flip: bool,
+    chunk: int,
+    scale: float,
+) -> list[Float[Tensor, "b n _i _j"]]:
+    """Return the maps of the copy, and those of its mirror image mirrored back.
 
     Raises:
         ValueError: the network cannot run on images of the copy's size.
     """
     copies = [copy, copy.flip(3)] if flip else [copy]
     try:
-        maps = list(maps_of(method, classifier, y, copies, chunk))
+        maps = list(maps_of(method, classifier, classes, copies, chunk))
     except (RuntimeError, AssertionError, IndexError, ValueError) as error:
         if scale == 1:
             raise

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from functools import partial
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from sightline.classifier import Classifier, Method
 from sightline.maps import resize
@@ -51,7 +53,7 @@ def together(
     return [n(resize(one, size)) for one in maps]
 
 
-def larger(maps: Sequence[Saliency]) -> tuple[int, int]:
+def larger(maps: Sequence[Float[Tensor, "b n _i _j"]]) -> tuple[int, int]:
     """Return the largest height and the largest width of the maps."""
     return max(one.shape[2] for one in maps), max(one.shape[3] for one in maps)
 

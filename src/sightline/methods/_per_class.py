@@ -19,6 +19,7 @@ from sightline.methods._calm import (
     calm_locations_given_class,
 )
 from sightline.methods._cam import cam, cams
+from sightline.methods._flip_and_scale import scaled, scaled_all
 from sightline.methods._rise import rise, rises
 from sightline.types import Images
 
@@ -39,7 +40,7 @@ def per_class(method: Method) -> PerClass:
     """Return the function (classifier, x, classes (b, n)) -> maps (b, n, i, j): map n of an image explains its class n.
 
     One call of the method a column of `classes`; a single one for methods with a one-pass form (`cam`, `rise`, CALM's
-    maps), with settings too: `partial(rise, samples=100)`.
+    maps, `flip_and_scale` of these), with settings too: `partial(rise, samples=100)`.
     """
 
     def explain(classifier: Classifier, x: Images, classes: Int[Tensor, "b n"]) -> Float[Tensor, "b n _i _j"]:
@@ -51,5 +52,8 @@ def per_class(method: Method) -> PerClass:
 def one_pass(method: Method) -> PerClass | None:
     """Return the form of a method that makes the maps of all classes of an image at the price of one, if it has one."""
     inner, settings = (method.func, method.keywords) if isinstance(method, partial) else (method, {})
+    if inner is scaled:
+        within = one_pass(settings["method"])
+        return partial(scaled_all, **{**settings, "method": within}) if within else None
     together = next((maps for known, maps in ONE_PASS.items() if known is inner), None)
     return partial(together, **settings) if together else None

@@ -8,6 +8,8 @@ from types import FunctionType
 from typing import TypeAlias, cast
 
 import torch
+from jaxtyping import Int
+from torch import Tensor
 
 from sightline.classifier import SCORES, Classifier, Method
 from sightline.methods import METHODS, Entry
@@ -64,17 +66,20 @@ def check_counts(samples: int, chunk: int) -> None:
 
 
 def maps_of(
-    method: Method,
+    method: Callable[[Classifier, Images, Int[Tensor, "b *n"]], Saliency],
     classifier: Classifier,
-    y: Labels,
+    y: Int[Tensor, "b *n"],
     copies: Iterable[Images],
     chunk: int,
     weight: Score | None = None,
 ) -> Iterator[Saliency]:
-    """Yield the (weighted) maps of each copy of the batch in order, explained together up to `chunk` images."""
+    """Yield the (weighted) maps of each copy of the batch in order, explained together up to `chunk` images.
+
+    `y` is the class of each image, or several, which the method then explains together.
+    """
     left = iter(copies)
     while group := list(islice(left, max(1, chunk // len(y)))):
-        x, labels = torch.cat(group), y.repeat(len(group))
+        x, labels = torch.cat(group), torch.cat([y] * len(group))
         maps = method(classifier, x, labels)
         if weight is not None:
             maps = maps * weights(classifier, x, labels, weight).to(maps.dtype).view(-1, 1, 1, 1)
