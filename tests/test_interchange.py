@@ -235,6 +235,18 @@ def test_stored_maps_of_several_classes_answer_for_the_class(tmp_path):
         maps.of(["a"], torch.tensor([5]), (3, 3))
 
 
+def test_label_maps_are_maps_of_each_class(tmp_path):
+    labels = torch.tensor([[0, 1, 5, 255], [1, 1, 5, 0]])
+    write_labels(tmp_path / "a.png", labels)
+    maps = stored(tmp_path, form="labels")
+    found = maps.of(["a", "a", "a"], torch.tensor([0, 4, 2]), (2, 4))
+    assert torch.equal(found[:, 0], torch.stack([labels == 1, labels == 5, labels == 3]).float())
+    larger = maps.of(["a"], torch.tensor([4]), (4, 8))
+    assert torch.equal(larger[0, 0], (labels == 5).float().repeat_interleave(2, 0).repeat_interleave(2, 1))
+    cut = stored(tmp_path, form="labels", resize="crop").of(["a"], torch.tensor([4]), (2, 2))
+    assert torch.equal(cut[0, 0], torch.tensor([[0.0, 1.0], [0.0, 1.0]]))
+
+
 def test_maps_of_the_original_picture_are_cut_like_the_picture(tmp_path):
     write_map(tmp_path / "a.npy", torch.arange(8.0).expand(4, 8))
     cut = stored(tmp_path, resize="crop").of(["a"], torch.tensor([0]), (4, 4))

@@ -24,7 +24,7 @@ from sightline import models, segmenting, viz
 from sightline.backgrounds import resolve_of
 from sightline.datasets import DATASETS
 from sightline.explainers._segmenter_training import Pseudo
-from sightline.interchange import read_irn, read_labels, read_names
+from sightline.interchange import read_irn, read_labels, read_names, stored
 from sightline.learning import learn
 from sightline.methods import cam, grad_cam
 from sightline.protocols import segmentation
@@ -169,6 +169,14 @@ def test_the_labels_score_what_the_segmentation_protocol_says(whole, scenes, cla
             union[value] += (a | b).sum()
     expected = segmentation(cam, classifier, scenes, threshold=0.2)["miou"].value
     assert 100 * (hits[union > 0] / union[union > 0]).mean().item() == pytest.approx(expected, abs=1e-4)
+
+
+def test_label_maps_are_scored_like_any_map(whole, scenes, classifier):
+    maps = stored(whole[0] / "labels", form="labels")
+    found = segmentation(maps, classifier, scenes, normalize="none", threshold=0.5)
+    expected = segmentation(cam, classifier, scenes, threshold=TINY.low)
+    for name in ("miou", "fg_precision", "dr_recall", "ndr_recall_micro"):
+        assert found[name].value == expected[name].value, name
 
 
 def test_three_processes_write_the_bytes_of_one(whole, tmp_path, monkeypatch):

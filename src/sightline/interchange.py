@@ -34,9 +34,14 @@ from sightline.registry import chosen, unknown
 from sightline.runs import write_bytes, write_text
 from sightline.types import Images, Labels, Logits, Saliency
 
-Form: TypeAlias = Literal["auto", "wsol", "irn", "png"]
+Form: TypeAlias = Literal["auto", "wsol", "irn", "png", "labels"]
 
-ENDINGS: Mapping[str, tuple[str, ...]] = {"wsol": (".npy",), "irn": (".npz", ".npy"), "png": (".png",)}
+ENDINGS: Mapping[str, tuple[str, ...]] = {
+    "wsol": (".npy",),
+    "irn": (".npz", ".npy"),
+    "png": (".png",),
+    "labels": (".png",),
+}
 """Form -> endings of its files."""
 
 IGNORE = 255
@@ -340,10 +345,20 @@ class StoredMaps:
             FileNotFoundError: no map of an image.
             ValueError: a file that holds none, or none of the class.
         """
-        maps = [self.placed(self.read(name, label), size) for name, label in zip(ids, y.tolist(), strict=True)]
+        read = self.where if self.form == "labels" else self.map
+        maps = [read(name, label, size) for name, label in zip(ids, y.tolist(), strict=True)]
         if len({one.shape for one in maps}) > 1:
             maps = [resampled(one, size) for one in maps]
         return torch.cat(maps)
+
+    def where(self, name: str, label: int, size: Size) -> Float[Tensor, "1 1 h w"]:
+        """Return 1 where the label map of an image shows a class, else 0, at the size of the images."""
+        labels = placed_labels(read_labels(self.file(name)), size, "direct" if self.resize == "input" else self.resize)
+        return (labels == label + 1).float()[None, None]
+
+    def map(self, name: str, label: int, size: Size) -> Float[Tensor, "1 1 _i _j"]:
+        """Return the map of one image for one class, where the image is."""
+        return self.placed(self.read(name, label), size)
 
     def read(self, name: str, label: int) -> Float[Tensor, "i j"]:
         """Read the map of one image for one class."""
@@ -384,11 +399,14 @@ def stored(root: Path | str, *, form: Form = "auto", pickled: bool = False, resi
     """Return the maps in a folder as a method that `measure` and the command line score like any other.
 
     The map of image `id` is `root/id.npy` (WSOL), `root/id.npz` (IRN) or `root/id.png` (gray); the id's own ending and
-    its folders may be left out. A form other than IRN has one map an image, whatever the class.
+    its folders may be left out. WSOL and PNG have one map an image, whatever the class.
+
+    Label maps are maps too: 1 where the class is, 0 elsewhere, also where labels are ignored; value v is class v - 1.
+    `segmentation?normalize=none&threshold=0.5` scores them as they are.
 
     Args:
         root: the folder.
-        form: "wsol", "irn", "png", or "auto", which goes by the file.
+        form: "wsol", "irn", "png" (gray), "labels", or "auto", which goes by the file and takes no labels.
         pickled: read IRN's own pickled files; they run code of whoever wrote them.
         resize: "input" where maps cover what the network sees; else the policy by which the data set resizes, where
             they cover the original pictures.
