@@ -177,6 +177,15 @@ def test_what_is_no_number_wins_nowhere(order):
     assert winner([replace(one, higher_is_better=None) for one in column]) is None
 
 
+def test_equal_means_are_equally_good_and_rounding_is_no_deviation():
+    pairs = (79.42, 79.42 + 2e-14), (1.0, 3.0)
+    rows = [numbers([run({"a": first}), run({"a": second})])["a"] for first, second in pairs]
+    assert [shown(one, None)[0] for one in rows] == ["79.42 ± 0", "2 ± 1.4"]
+    twins = [numbers([run({"a": value})])["a"] for value in (2.0, 2.0, 1.0)]
+    best = winner([replace(one, higher_is_better=True) for one in twins])
+    assert [shown(one, best)[1] for one in twins] == [True, True, False]
+
+
 def test_tables_tell_how_many_seeds_count(tmp_path):
     read = study(tmp_path, CHAIN.replace('"CASM" =', '"x" = { method = "cam" }\n"y" = { method = "cam" }\n"CASM" ='))
     values = {"x": [math.nan, math.nan], "y": [2.0, math.nan], "CASM": [1.0, 1.5]}

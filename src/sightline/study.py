@@ -51,6 +51,9 @@ from sightline.viz import Curve, curves, png
 TRAINING, SEGMENT = "train", "segment"
 """The arrays of steps in a file, and the folders of what they make."""
 
+ROUNDING = 1e-9
+"""A deviation below this share of its mean is rounding."""
+
 Told = Callable[[str, int, int, str], None]
 """Told what is at work, how much of how much is done, and a note."""
 
@@ -451,12 +454,18 @@ def winner(column: Sequence[Number]) -> Number | None:
 
 
 def shown(number: Number | None, best: Number | None) -> tuple[str, bool]:
-    """Write mean ± deviation, of how many seeds unless of all, nothing where there is no number; tell the best."""
+    """Write mean ± deviation, of how many seeds unless of all, nothing where there is no number; tell the best.
+
+    Equal means are equally good, and a deviation that is the rounding of equal values is 0.
+    """
     if number is None:
         return "", False
-    text = f"{number.mean:.4g}" if number.deviation is None else f"{number.mean:.4g} ± {number.deviation:.2g}"
+    text = f"{number.mean:.4g}"
+    if number.deviation is not None:
+        text += f" ± {number.deviation if number.deviation > ROUNDING * abs(number.mean) else 0:.2g}"
     some = 0 < number.count < len(number.values)
-    return f"{text} ({number.count} of {len(number.values)} seeds)" if some else text, number is best
+    equal = best is not None and number.mean == best.mean
+    return f"{text} ({number.count} of {len(number.values)} seeds)" if some else text, equal
 
 
 def record(study: Study, runs: Mapping[str, Mapping[str, Sequence[Run]]], out: Path | str) -> Path:
