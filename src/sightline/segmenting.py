@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeAlias
 
@@ -37,10 +38,10 @@ from sightline.evaluation import Maps, checked_batch, logits_of, synchronize
 from sightline.images import ImageError, fit
 from sightline.interchange import MEANING, Cams, read_labels, write_irn, write_labels
 from sightline.maps import by_maximum, degenerate, resize
-from sightline.methods._per_class import PerClass, one_pass
+from sightline.methods._per_class import one_pass
 from sightline.metrics import finite
 from sightline.models._files import checksums
-from sightline.protocols._segmentation import NORMALIZERS, enlarged
+from sightline.protocols._segmentation import NORMALIZERS, enlarged, paired
 from sightline.registry import chosen, unknown
 from sightline.running import Channeled, chosen_method, labeled, reader_of
 from sightline.runs import (
@@ -642,42 +643,15 @@ def explained(work: Work, batch: Batch) -> tuple[Sequence[tuple[int, ...]], Sequ
     """Return the classes that compete in each image, and their raw maps on the CPU."""
     part = checked_batch(batch, work.classifier)
     classes = work.compete(work.classifier, part, work.classes)
-    found: list[list[Tensor]] = [[] for _ in classes]
-    together = one_pass(work.method)
-    made = pair_by_pair(work, part, classes) if together is None else at_once(together, work.classifier, part, classes)
-    for place, raw in made:
-        found[place].append(raw[None])
+    maps, together = Maps(work.method, room=0), one_pass(work.method)
+    if together is not None and any(classes):
+        made = [maps.together(work.classifier, part, classes, together)]
+    else:
+        made = [*paired(maps, work.classifier, part, classes, work.spec.batch)]
+    each = (one[None] for several in made for one in several.detach().cpu())
+    found = [[*islice(each, len(labels))] for labels in classes]
     synchronize(part.x)
     return classes, found
-
-
-def at_once(
-    together: PerClass, classifier: Classifier, part: Batch, classes: Sequence[tuple[int, ...]]
-) -> Iterator[tuple[int, Float[Tensor, "1 _i _j"]]]:
-    """Yield the place of an image and a map, class by class; an image with fewer classes repeats its first one."""
-    places = [place for place, labels in enumerate(classes) if labels]
-    if not places:
-        return
-    most = max(map(len, classes))
-    rows = [[*classes[place], *[classes[place][0]] * (most - len(classes[place]))] for place in places]
-    maps = together(classifier, part.x[places], torch.tensor(rows, device=part.x.device)).detach().cpu()
-    for place, several in zip(places, maps, strict=True):
-        for one in several[: len(classes[place])]:
-            yield place, one[None]
-
-
-def pair_by_pair(
-    work: Work, part: Batch, classes: Sequence[tuple[int, ...]]
-) -> Iterator[tuple[int, Float[Tensor, "1 _i _j"]]]:
-    """Yield the place of an image and a map, class by class; they are made a batch at a time."""
-    maps = Maps(work.method, 0)
-    pairs = [(place, label) for place, labels in enumerate(classes) for label in labels]
-    for start in range(0, len(pairs), work.spec.batch):
-        places, labels = zip(*pairs[start : start + work.spec.batch], strict=True)
-        ids, samples = tuple(part.ids[i] for i in places), tuple(part.samples[i] for i in places)
-        y = torch.tensor(labels, device=part.x.device)
-        made = maps.of(work.classifier, Batch(ids, part.x[list(places)], y, samples), y).cpu()
-        yield from zip(places, made, strict=True)
 
 
 def written(work: Work, sample: Sample, classes: tuple[int, ...], raw: Raw) -> Outcome:
