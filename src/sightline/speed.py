@@ -171,7 +171,9 @@ class Prepared:
     @property
     def kernel(self) -> "Kernel":
         """The routines for this kind of layer."""
-        return CONVOLUTION if isinstance(self.module, nn.Conv2d) else LINEAR
+        if isinstance(self.module, nn.Linear):
+            return LINEAR
+        return PATCHES if apart(self.module) else CONVOLUTION
 
     def made(self, what: str, x: Tensor, make: Callable[[Tensor], Tensor]) -> Weights:
         """Return what `make` gives of the weights in x's precision, and the bias; again only after they changed."""
@@ -314,6 +316,29 @@ def packed_convolution_back(m: nn.Conv2d, g: Tensor, w: Tensor, shape: torch.Siz
     return gradient
 
 
+def apart(m: nn.Conv2d) -> bool:
+    """Tell whether a convolution looks at square patches that do not overlap, as the first one of a ViT does."""
+    padding, stride, dilation, groups = geometry(m)
+    square = stride == m.kernel_size == (stride[0], stride[0])
+    return square and stride[0] > 1 and not any(padding) and set(dilation) == {1} and groups == 1
+
+
+def pack_patches_back(m: nn.Conv2d, w: Tensor, g: Tensor, shape: torch.Size) -> Tensor:
+    """Return the weights of a convolution of patches as those of a linear layer from outputs to a patch."""
+    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(w.flatten(1).t().contiguous(), g.numel() // g.shape[1])
+    return packed
+
+
+def packed_patches_back(m: nn.Conv2d, g: Tensor, w: Tensor, shape: torch.Size) -> Tensor:
+    """Return the gradient of the input of a convolution of patches: a linear layer's output, laid out.
+
+    oneDNN's transposed convolution is five times slower.
+    """
+    patches: Tensor = torch.ops.mkldnn._linear_pointwise(g.permute(0, 2, 3, 1), w, None, "none", [], "")
+    below, right = remainder(m, g, shape)
+    return F.pad(F.pixel_shuffle(patches.permute(0, 3, 1, 2), m.stride[0]), (0, right, 0, below))
+
+
 def multiply(m: nn.Linear, x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
     """Return a linear layer's output."""
     return F.linear(x, w, b)
@@ -342,6 +367,7 @@ def packed_linear_back(m: nn.Linear, g: Tensor, w: Tensor, shape: torch.Size) ->
 
 
 CONVOLUTION = Kernel(convolve, pack_convolution, packed_convolution, pack_convolution_back, packed_convolution_back)
+PATCHES = Kernel(convolve, pack_convolution, packed_convolution, pack_patches_back, packed_patches_back)
 LINEAR = Kernel(multiply, pack_linear, packed_linear, pack_linear_back, packed_linear_back)
 
 
