@@ -71,7 +71,7 @@ def rows() -> list[Row]:
     several = {"samples": 4}, {"steps": 4}
     found = [Row("resnet50", "score_cam", 1, {}, "relu")]
     for network in ("resnet50", "vit_small_patch16_224"):
-        found += [Row(network, "opti_cam")]
+        found += [Row(network, "opti_cam", 8)]
         found += [Row(network, name) for name in FAMILY]
         found += [Row(network, name) for name in ("gradient", "guided_backprop")]
         found += [Row(network, "smooth_grad", 1, several[0]), Row(network, "integrated_gradients", 1, several[1])]

@@ -45,7 +45,8 @@ ALLOWED = {
     "wsol_training": {"types", "hooks", "classifier", "registry", "runs"},
     "supersets": {"registry", "runs"},
     "explainers": CORE
-    | {"layers", "data", "interchange", "runs", "models", "processes", "training", "classifier_training"},
+    | {"backgrounds", "layers", "data", "interchange", "runs", "models", "processes", "training"}
+    | {"classifier_training"},
     "learning": {
         *("classifier", "data", "evaluation", "explainers", "methods", "metrics", "models", "protocols", "recipes"),
         *("processes", "registry", "running", "runs", "settings", "training", "classifier_training"),

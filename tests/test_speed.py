@@ -475,7 +475,13 @@ def test_an_unknown_precision_is_an_error(made, plain):
 
 @pytest.mark.parametrize(
     ("shape", "kernel", "stride", "padding", "dilation", "groups"),
-    [((9, 7), 3, 2, 1, 1, 1), ((8, 8), 4, 4, 0, 1, 1), ((9, 11), 4, 4, 0, 1, 1), ((9, 8), 3, 1, 2, 2, 2), ((7, 10), 5, 2, 2, 1, 4)],
+    [
+        ((9, 7), 3, 2, 1, 1, 1),
+        ((8, 8), 4, 4, 0, 1, 1),
+        ((9, 11), 4, 4, 0, 1, 1),
+        ((9, 8), 3, 1, 2, 2, 2),
+        ((7, 10), 5, 2, 2, 1, 4),
+    ],
 )
 @pytest.mark.skipif(not PACKS, reason="no oneDNN here")
 def test_a_packed_convolution_is_the_convolution_forth_and_back(shape, kernel, stride, padding, dilation, groups):

@@ -25,6 +25,7 @@ Resolve: TypeAlias = Callable[[Float[Tensor, "ch h w"], Float[Tensor, "n h w"]],
 """From an image and the maps of its competing classes to maps that a threshold turns into labels."""
 
 IGNORE = 255
+"""The label of pixels that do not count."""
 
 LARGEST = 253
 """The last class for which a mask has a value."""

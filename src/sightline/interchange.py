@@ -44,9 +44,6 @@ ENDINGS: Mapping[str, tuple[str, ...]] = {
 }
 """Form -> endings of its files."""
 
-IGNORE = 255
-"""The label of pixels that do not count."""
-
 MEANING = "segment.json"
 """The file beside label maps whose `names` say, value by value, what they mean."""
 

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from sightline.backgrounds import IGNORE
 from sightline.classifier import Classifier
 from sightline.classifier_training import AUGMENTATIONS, augmentation, expect, expect_choice, fingerprint, flags_back
 from sightline.data import Batch, Indexed, Sample, layers
@@ -28,9 +29,6 @@ from sightline.training import Joint, Metrics, Progress, fit, gradients, remembe
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
-
-IGNORE = 255
-"""The value of a mask that counts nowhere."""
 
 MOVING = ("flip", "crop", "zoom", "resized_crop")
 """The augmentations that only move pixels: no pixel is new."""
