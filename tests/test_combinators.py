@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from sightline import models
 from sightline.classifier import Method, logit, probability, sigmoid, wrap
 from sightline.datasets import DATASETS
+from sightline.hooks import edit, substituted
 from sightline.maps import unit
 from sightline.methods import METHODS, cam, grad_cam, gradient, hires_cam, input_x_gradient, layer_cam, score_cam
 from sightline.methods._binary_mask import binary_mask
@@ -283,6 +284,41 @@ def test_random_crop_puts_the_maps_of_crops_back_in_place(classifier, method, x,
         expected = slow_crops(classifier, x, y, method, places, weight=weight, norm=norm)
         made = random_crop(method, samples=4, scale=(0.1, 0.5), seed=6, norm=norm, weight=weight)
         close(made(classifier, x, y), expected)
+
+
+def passes(classifier, work):
+    """Return how many images the network gets while `work` is done."""
+    counts = []
+    handle = classifier.model.register_forward_hook(lambda _, inputs, __: counts.append(len(inputs[0])))
+    work()
+    handle.remove()
+    return sum(counts)
+
+
+def test_the_weights_of_crops_cost_nothing_where_the_method_passes_over_them(pooled, x, y):
+    noisy = smooth(gradient, samples=2)
+    for method, each in ((gradient, 1), (noisy, 1 + 2), (grad_cam, 1 + 1)):
+        made = random_crop(method, samples=4)
+        assert passes(pooled, partial(made, pooled, x, y)) == (1 + 4 * each) * len(x)
+
+
+def blind(classifier, x, y=None, /):
+    """Explain by a network whose layer shows nothing."""
+    with edit(classifier.model, classifier.layer, torch.zeros_like):
+        return classifier(x)[:, :1, None, None].expand(-1, 1, 24, 32).abs() + x[:, :1]
+
+
+def replaced(classifier, x, y=None, /):
+    """Explain by a network with another ReLU."""
+    with substituted({F.relu: lambda z, inplace=False: F.softplus(z)}):
+        return classifier(x)[:, :1, None, None].expand(-1, 1, 24, 32).abs() + x[:, :1]
+
+
+@pytest.mark.parametrize("method", [blind, replaced])
+def test_weights_are_the_networks_whatever_the_method_does_to_it(pooled, method, x, y):
+    places, _ = slow_boxes(4, (0.1, 0.5), 6)
+    expected = slow_crops(pooled, x, y, method, places, weight=sigmoid, norm="coverage")
+    close(random_crop(method, samples=4, scale=(0.1, 0.5), seed=6)(pooled, x, y), expected)
 
 
 @networks_and_methods

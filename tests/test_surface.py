@@ -210,6 +210,7 @@ FUNCTIONS = {
         "total": "(classes)",
         "Classifier.__call__": "(self, x)",
         "Classifier.labels": "(self, x, y)",
+        "Classifier.read": "(self, output, count)",
         "Classifier.at": "(self, layer)",
         "Classifier.scores": "(self, x, y, score=None)",
         "Classifier.gradient": "(self, x, y, score=None)",
@@ -229,6 +230,7 @@ FUNCTIONS = {
         "cut": "(model, layer)",
         "edit": "(model, layer, change)",
         "submodule": "(model, name)",
+        "seen": "(model, x)",
         "substituted": "(substitutes)",
     },
     "maps": {

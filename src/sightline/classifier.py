@@ -114,7 +114,15 @@ class Classifier:
         check_images(x, self.channels)
         with frozen(self.model):
             output = self.model(self.normalize(x))
-        return check_logits(read_logits(output), len(x), type(self.model).__name__)
+        return self.read(output, len(x))
+
+    def read(self, output: Any, count: int) -> Logits:
+        """Return the logits of so many images in what the network gave for them.
+
+        Raises:
+            TypeError, ValueError: as a call.
+        """
+        return check_logits(read_logits(output), count, type(self.model).__name__)
 
     @property
     def device(self) -> torch.device:

@@ -12,7 +12,7 @@ from sightline.classifier import Classifier, Method, check_labels, sigmoid
 from sightline.maps import by_maximum, resize
 from sightline.methods._cam import cam
 from sightline.methods._per_class import per_class
-from sightline.methods._perturbed import Chosen, Weight, called, check_counts, complete, weighting, weights
+from sightline.methods._perturbed import Chosen, Weight, called, check_counts, complete, weighed, weighting
 from sightline.registry import chosen, unknown
 from sightline.types import Images, Labels, Saliency, Score
 
@@ -46,8 +46,9 @@ def random_crop(
     A crop has the image's proportions and a share of its area that is uniform in `scale`, at a uniform place; it is
     enlarged to the image's size (bilinear), and its map M_i brought to the crop's (bilinear); 1_i(p) tells whether
     pixel p lies in it. w_i is the class's sigmoid on the crop, or another `weight`, a score; None is 1. (b, 1, h, w)
-    at the input's resolution, 0 where no crop lies. The class is that of the clean image. Costs 1 forward, and a
-    forward and a map a crop, `chunk` images (at least the batch) at a time.
+    at the input's resolution, 0 where no crop lies. The class is that of the clean image. Costs 1 forward, a map a
+    crop, and a forward a crop for the weight where the method makes no pass over the crop itself; `chunk` images (at
+    least the batch) at a time.
 
     *Differs:* section 7.1 prints the sum over n; its crops overlap the center more often than the border, so the
     default divides by what covers each pixel.
@@ -239,8 +240,8 @@ def assembled(
         if len(images) == 0:
             continue
         sizes = [len(on) for _, on in group]
-        maps = method(classifier, images, labels).to(x.dtype)
-        w = weights(classifier, images, labels, weight).to(x.dtype).view(-1, 1, 1, 1)
+        maps, w = (z.to(x.dtype) for z in weighed(method, classifier, images, labels, weight))
+        w = w.view(-1, 1, 1, 1)
         for (box, on), M, share in zip(group, torch.split(maps, sizes), torch.split(w, sizes), strict=True):
             x0, y0, x1, y1 = box
             total[on, :, y0:y1, x0:x1] += share * resize(M, (y1 - y0, x1 - x0))

@@ -12,9 +12,10 @@ from jaxtyping import Int
 from torch import Tensor
 
 from sightline.classifier import SCORES, Classifier, Method
+from sightline.hooks import seen
 from sightline.methods import METHODS, Entry
 from sightline.registry import find
-from sightline.types import Images, Labels, Saliency, Score, Values
+from sightline.types import Images, Saliency, Score, Values
 
 Chosen: TypeAlias = Method | str
 """A method, or the name of one."""
@@ -80,25 +81,32 @@ def maps_of(
     left = iter(copies)
     while group := list(islice(left, max(1, chunk // len(y)))):
         x, labels = torch.cat(group), torch.cat([y] * len(group))
-        maps = method(classifier, x, labels)
-        if weight is not None:
-            maps = maps * weights(classifier, x, labels, weight).to(maps.dtype).view(-1, 1, 1, 1)
-        yield from torch.split(maps, len(y))
+        maps, w = weighed(method, classifier, x, labels, weight)
+        yield from torch.split(maps if weight is None else maps * w.to(maps.dtype).view(-1, 1, 1, 1), len(y))
 
 
-def weights(classifier: Classifier, x: Images, y: Labels, weight: Score | None) -> Values:
-    """Return the weight of each image's map.
+def weighed(
+    method: Callable[[Classifier, Images, Int[Tensor, "b *n"]], Saliency],
+    classifier: Classifier,
+    x: Images,
+    y: Int[Tensor, "b *n"],
+    weight: Score | None,
+) -> tuple[Saliency, Values]:
+    """Return the maps of images and their weights, by the logits that the method has seen where it has seen them.
 
     Raises:
         ValueError: a weight below zero.
     """
     if weight is None:
-        return x.new_ones(len(x))
+        return method(classifier, x, y), x.new_ones(len(x))
+    with seen(classifier.model, classifier.normalize(x)) as outputs:
+        maps = method(classifier, x, y)
     with torch.no_grad():
-        w = weight(classifier(x), y)
+        logits = classifier.read(outputs[0], len(x)).detach() if outputs else classifier(x)
+        w = weight(logits, y)
     if bool((w < 0).any()):
         raise ValueError(f"expected weights >= 0, got {float(w.min()):.4g}; use 'sigmoid', 'probability' or None")
-    return w
+    return maps, w
 
 
 def average(maps: Iterable[Saliency]) -> Saliency:
