@@ -269,6 +269,11 @@ def page(outcomes: list[Outcome]) -> str:
             "A network without a head (`num_classes=0`, `...Model`) is an error that says so. One that reads tokens in "
             "an order of its own is wrapped by hand: `Classifier(model, layer, to_grid=...)`.",
             "",
+            "Two of transformers' networks are not local with the random weights that they start from, which says "
+            "nothing of trained ones: in `EfficientNet` what is left of an image at the last layer is of the order of "
+            "1e-33 (its largest change lies in the right place or one cell beside it), and the attention of "
+            "`MobileViT` shares every change with all cells alike, so that only the border differs.",
+            "",
             "| library | network | layer | cells | oblong | local | Grad-CAM |",
             "| --- | --- | --- | --- | --- | --- | --- |",
             *rows,
