@@ -14,6 +14,7 @@ from sightline.hooks import (
     frozen,
     name_of,
     put_first,
+    seen,
     submodule,
     substituted,
 )
@@ -112,12 +113,30 @@ def test_hooks_are_gone_after_an_error(repeated, trace, plain):
         capture(repeated, ["conv", "relu"]),
         cut(repeated, "conv"),
         edit(repeated, "conv", lambda a: a),
+        seen(repeated, torch.zeros(1, 7, 5, 6, dtype=torch.float64)),
     ):
         with pytest.raises(RuntimeError), look_inside:
             repeated(torch.zeros(1, 7, 5, 6, dtype=torch.float64))
     with pytest.raises(LookupError), capture(repeated, ["conv", "nothing"]):
         pass
     assert changed() == []
+
+
+def test_what_a_network_gives_for_an_input_is_seen_unless_somebody_changes_the_pass(repeated, image):
+    repeated.requires_grad_(False)
+    with seen(repeated, image) as found:
+        repeated(image + 1)
+        repeated(image[:1])
+        with edit(repeated, "conv", torch.zeros_like):
+            repeated(image)
+        with substituted({F.relu: lambda z, inplace=False: -z}):
+            repeated(image)
+        repeated.float()(image.float())
+        assert found == []
+        expected = repeated.double()(image.clone())
+    assert torch.equal(found[0], expected)
+    repeated(image)
+    assert len(found) == 1
 
 
 def test_differentiable_wins_over_the_caller():

@@ -123,14 +123,15 @@ def edit(model: nn.Module, layer: str, change: Callable[[Tensor], Tensor]) -> It
 
 @contextmanager
 def seen(model: nn.Module, x: Tensor) -> Iterator[list[Any]]:
-    """Collect what the network gives for this very input in passes that nobody changes: without hooks inside it, and
-    without other functions in the place of torch's.
+    """Collect what the network gives for this very input in passes that nobody changes.
+
+    Nobody does where no module inside has a hook and no other functions are called in torch's place.
     """
     found: list[Any] = []
 
     def keep(_: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        same = len(inputs) == 1 and isinstance(inputs[0], Tensor) and torch.equal(inputs[0], x)
-        if same and not torch._C._is_torch_function_mode_enabled() and not hooked_inside(model):
+        free = not torch._C._is_torch_function_mode_enabled() and not hooked_inside(model)
+        if free and len(inputs) == 1 and isinstance(inputs[0], Tensor) and identical(inputs[0], x):
             found.append(output)
 
     handle = model.register_forward_hook(keep)
@@ -138,6 +139,11 @@ def seen(model: nn.Module, x: Tensor) -> Iterator[list[Any]]:
         yield found
     finally:
         handle.remove()
+
+
+def identical(a: Tensor, b: Tensor) -> bool:
+    """Tell whether two tensors are of one kind, in one place and equal."""
+    return (a.dtype, a.device) == (b.dtype, b.device) and torch.equal(a, b)
 
 
 def hooked_inside(model: nn.Module) -> bool:
