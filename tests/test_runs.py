@@ -289,6 +289,8 @@ def test_the_grammar():
     )
     assert Choice.parse("folder?root=my (old) pictures?") == Choice("folder", {"root": "my (old) pictures?"})
     assert Choice.parse("smooth(gradient?a=1&b=2)?samples=5") == Choice("smooth(gradient?a=1&b=2)", {"samples": 5})
+    assert Choice.parse("a?b=(c?d=1&e=(f?g=2&h=3))&i=4") == Choice("a", {"b": "c?d=1&e=(f?g=2&h=3)", "i": 4})
+    assert Choice.parse("c?d=1&e=(f?g=2&h=3)") == Choice("c", {"d": 1, "e": "f?g=2&h=3"})
     assert Choice.parse("over(cam)?classes=[1, 3]") == Choice("over(cam)", {"classes": [1, 3]})
     assert Choice.parse("a?b={3 = [1]}") == Choice("a", {"b": {"3": [1]}})
     assert Choice.of("opti_cam?steps=5") == Choice("opti_cam", {"steps": 5})

@@ -52,13 +52,15 @@ class Choice:
 
     @classmethod
     def parse(cls, text: str) -> "Choice":
-        """Read `name?key=value&key=value`; what stands in parentheses belongs to the name.
+        """Read `name?key=value&key=value`; what stands in parentheses belongs to the name, or to the value.
+
+        So `segmentation?resolve=(smooth?size=3&sigma=0.6)` has one setting, the text in the parentheses.
 
         Raises:
             ValueError: no name, or a part behind the question mark that is no `key=value`.
         """
         name, *queries = split(text, "?", 1)
-        pairs = [part.partition("=") for query in queries for part in query.split("&") if part]
+        pairs = [part.partition("=") for query in queries for part in split(query, "&") if part]
         if not name or not all(key and equals for key, equals, _ in pairs):
             raise ValueError(f"expected name?key=value&key=value, got {text!r}")
         return cls(name, {key: read_value(value) for key, _, value in pairs})
@@ -81,13 +83,15 @@ def split(text: str, mark: str, most: int = -1) -> list[str]:
 
 
 def read_value(text: str) -> Any:
-    """Read an integer, a float, true or false, a list or a table as TOML writes it, else text.
+    """Read an integer, a float, true or false, a list or a table as TOML writes it, else text, in parentheses or not.
 
     Raises:
         ValueError: a list or a table that TOML cannot read.
     """
     if text in ("true", "false"):
         return text == "true"
+    if text[:1] == "(" and text[-1] == ")":
+        return text[1:-1]
     if text[:1] in ("[", "{"):
         try:
             return tomllib.loads(f"value = {text}")["value"]
