@@ -1,6 +1,6 @@
 """Classifiers. A network with all that a method must know of it: its layer, its grid, its normalization, its score."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol, TypeAlias, runtime_checkable
@@ -238,6 +238,10 @@ class Classifier:
         if output is None:
             raise ValueError(f"layer {self.layer!r} did not run in the forward pass; choose another with .at(layer)")
         return output
+
+
+PerClass: TypeAlias = Callable[[Classifier, Images, Int[Tensor, "b n"]], Float[Tensor, "b n _i _j"]]
+"""A method that explains several classes of each image in one call (`methods.per_class`)."""
 
 
 def classes_of(classifier: Classifier) -> int:

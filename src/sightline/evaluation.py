@@ -8,10 +8,19 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, runtime_checkable
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
-from sightline.classifier import Absent, Classifier, Method, check_images, check_labels, check_range, probability
+from sightline.classifier import (
+    Absent,
+    Classifier,
+    Method,
+    PerClass,
+    check_images,
+    check_labels,
+    check_range,
+    probability,
+)
 from sightline.data import Batch
 from sightline.maps import degenerate, scaled
 from sightline.metrics import Case, Measure, Scored, check_scored, finite
@@ -24,9 +33,6 @@ if TYPE_CHECKING:
 Explain: TypeAlias = Literal["scored", "label", "predicted", "second", "least"]
 
 EXPLAIN = ("scored", "label", "predicted", "second", "least")
-
-Together: TypeAlias = Callable[[Classifier, Images, Int[Tensor, "b n"]], Float[Tensor, "b n _i _j"]]
-"""A method that explains several classes of each image in one call (`methods.per_class`)."""
 
 Shown: TypeAlias = dict[str, dict[int, str | None]]
 """Image -> class whose map was asked for -> why that map shows nothing, None where it shows something.
@@ -192,7 +198,7 @@ class Maps:
         return found
 
     def together(
-        self, classifier: Classifier, batch: Batch, classes: Sequence[Sequence[int]], make: Together
+        self, classifier: Classifier, batch: Batch, classes: Sequence[Sequence[int]], make: PerClass
     ) -> Float[Tensor, "n 1 _i _j"]:
         """Return the maps of several classes of each image, image after image; one call of `make` makes the new ones.
 

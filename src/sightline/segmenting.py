@@ -645,9 +645,9 @@ def explained(work: Work, batch: Batch) -> tuple[Sequence[tuple[int, ...]], Sequ
     classes = work.compete(work.classifier, part, work.classes)
     maps, together = Maps(work.method, room=0), one_pass(work.method)
     if together is not None and any(classes):
-        made = [maps.together(work.classifier, part, classes, together)]
+        made = iter([maps.together(work.classifier, part, classes, together)])
     else:
-        made = [*paired(maps, work.classifier, part, classes, work.spec.batch)]
+        made = paired(maps, work.classifier, part, classes, work.spec.batch)
     each = (one[None] for several in made for one in several.detach().cpu())
     found = [[*islice(each, len(labels))] for labels in classes]
     synchronize(part.x)

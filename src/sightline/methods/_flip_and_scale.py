@@ -1,13 +1,12 @@
 """Flip and scale. Ahn, Cho and Kwak, Weakly supervised learning of instance segmentation (IRN), CVPR 2019."""
 
-from collections.abc import Callable
 from functools import partial
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sightline.classifier import Classifier, Method
+from sightline.classifier import Classifier, Method, PerClass
 from sightline.maps import Mode, resize
 from sightline.methods._mean import larger
 from sightline.methods._perturbed import Chosen, called, check_counts, complete, maps_of
@@ -71,7 +70,7 @@ def scaled_all(
     x: Images,
     classes: Int[Tensor, "b n"],
     *,
-    method: Callable[[Classifier, Images, Int[Tensor, "b n"]], Float[Tensor, "b n _i _j"]],
+    method: PerClass,
     scales: tuple[float, ...],
     flip: bool,
     positive: bool,
@@ -94,7 +93,7 @@ def scaled_all(
 
 
 def explained(
-    method: Callable[[Classifier, Images, Int[Tensor, "b n"]], Float[Tensor, "b n _i _j"]],
+    method: PerClass,
     classifier: Classifier,
     classes: Int[Tensor, "b n"],
     copy: Images,

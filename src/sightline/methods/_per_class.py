@@ -2,13 +2,13 @@
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sightline.classifier import Classifier, Method
+from sightline.classifier import Classifier, Method, PerClass
 from sightline.explainers._saved import segmenter, segmenters
 from sightline.methods._calm import (
     calm_attribution,
@@ -22,8 +22,6 @@ from sightline.methods._cam import cam, cams
 from sightline.methods._flip_and_scale import scaled, scaled_all
 from sightline.methods._rise import rise, rises
 from sightline.types import Images
-
-PerClass: TypeAlias = Callable[[Classifier, Images, Int[Tensor, "b n"]], Float[Tensor, "b n _i _j"]]
 
 ONE_PASS: Mapping[Callable[..., Any], PerClass] = {
     cam: cams,

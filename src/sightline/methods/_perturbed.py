@@ -8,7 +8,7 @@ from types import FunctionType
 from typing import TypeAlias, cast
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from sightline.classifier import SCORES, Classifier, Method
@@ -67,13 +67,13 @@ def check_counts(samples: int, chunk: int) -> None:
 
 
 def maps_of(
-    method: Callable[[Classifier, Images, Int[Tensor, "b *n"]], Saliency],
+    method: Callable[[Classifier, Images, Int[Tensor, "b *n"]], Float[Tensor, "b _n _i _j"]],
     classifier: Classifier,
     y: Int[Tensor, "b *n"],
     copies: Iterable[Images],
     chunk: int,
     weight: Score | None = None,
-) -> Iterator[Saliency]:
+) -> Iterator[Float[Tensor, "b _n _i _j"]]:
     """Yield the (weighted) maps of each copy of the batch in order, explained together up to `chunk` images.
 
     `y` is the class of each image, or several, which the method then explains together.
@@ -86,12 +86,12 @@ def maps_of(
 
 
 def weighed(
-    method: Callable[[Classifier, Images, Int[Tensor, "b *n"]], Saliency],
+    method: Callable[[Classifier, Images, Int[Tensor, "b *n"]], Float[Tensor, "b _n _i _j"]],
     classifier: Classifier,
     x: Images,
     y: Int[Tensor, "b *n"],
     weight: Score | None,
-) -> tuple[Saliency, Values]:
+) -> tuple[Float[Tensor, "b _n _i _j"], Values]:
     """Return the maps of images and their weights, by the logits that the method has seen where it has seen them.
 
     Raises:
