@@ -1,6 +1,9 @@
 """How the house is built: imports point one way, heavy libraries stay where they belong, functions are described."""
 
 import ast
+import builtins
+import dis
+import importlib
 import re
 import subprocess
 import sys
@@ -332,3 +335,25 @@ def test_functions_are_short():
     lengths = sorted(node.end_lineno - node.lineno + 1 for node in spans)
     assert lengths[len(lengths) // 2] < 10
     assert lengths[len(lengths) * 9 // 10] < 35
+
+
+def codes(code):
+    """Yield a code object and those inside it."""
+    yield code
+    for inner in code.co_consts:
+        if hasattr(inner, "co_code"):
+            yield from codes(inner)
+
+
+@pytest.mark.parametrize(
+    "path",
+    sorted(SOURCE.rglob("[!_]*.py")) + sorted(SOURCE.rglob("_[!_]*.py")),
+    ids=lambda path: str(path.relative_to(SOURCE)),
+)
+def test_every_global_name_is_there(path):
+    """The tools cannot tell: jaxtyping's shapes are names to them, and so undefined names are allowed."""
+    name = ".".join(path.relative_to(SOURCE.parent).with_suffix("").parts)
+    known = {*vars(importlib.import_module(name)), *vars(builtins)}
+    whole = compile(path.read_text(encoding="utf-8"), str(path), "exec")
+    asked = {i.argval for code in codes(whole) for i in dis.get_instructions(code) if i.opname == "LOAD_GLOBAL"}
+    assert asked <= known, sorted(asked - known)
