@@ -14,7 +14,7 @@ from sightline.classifier import Classifier, Method
 from sightline.data import Indexed, Sample, batches
 from sightline.evaluation import Maps, checked_batch
 from sightline.metrics._segmentation import Average, share
-from sightline.protocols._segmentation import Scene, highest, marked, telling_of
+from sightline.protocols._segmentation import Scene, marked, suited, telling_of
 from sightline.runs import Choice, Score
 
 DIRECTIONS = {"precision": True, "recall": True, "iou": True, "base": None}
@@ -51,7 +51,7 @@ def discriminative_truth(
             counts = torch.zeros(classifier(part.x[:1]).shape[1], 4).long()
         scenes = [Scene.of(sample, len(counts)) for sample in part.samples]
         there = [scene.there for scene in scenes]
-        D = highest(seen, None, tau_cam, classifier, part, there, batch)
+        D = suited([seen], None, tau_cam, classifier, part, there, batch)
         for scene, dr, true in zip(scenes, D, marked(telling, classifier, part, there, batch), strict=True):
             mask = scene.mask.to(dr.device)
             own = mask == torch.tensor(scene.there, device=dr.device)[:, None, None] + 1

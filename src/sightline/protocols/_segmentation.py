@@ -282,27 +282,19 @@ def suited(
     classes: Sequence[Sequence[int]],
     chunk: int,
 ) -> list[Bool[Tensor, "_n h w"]]:
-    """Return `highest` of the first method that suits the network; one before it is not asked again."""
-    try:
-        return highest(maps[0], reference, tau_cam, classifier, part, classes, chunk)
-    except UnsuitedError:
-        if len(maps) == 1:
-            raise
-        del maps[0]
-        return suited(maps, reference, tau_cam, classifier, part, classes, chunk)
+    """Return for each image and class where the map, divided by its maximum, is at least `tau_cam`.
 
-
-def highest(
-    maps: Maps,
-    reference: Classifier | None,
-    tau_cam: float,
-    classifier: Classifier,
-    part: Batch,
-    classes: Sequence[Sequence[int]],
-    chunk: int,
-) -> list[Bool[Tensor, "_n h w"]]:
-    """Return for each image and class where the map, divided by its maximum, is at least `tau_cam`."""
-    return [by_maximum(C) >= tau_cam for C in explained(maps, reference or classifier, part, classes, chunk)]
+    The maps are those of the first method that suits the network; one before it is not asked again.
+    """
+    while True:
+        try:
+            found = explained(maps[0], reference or classifier, part, classes, chunk)
+        except UnsuitedError:
+            if len(maps) == 1:
+                raise
+            del maps[0]
+        else:
+            return [by_maximum(C) >= tau_cam for C in found]
 
 
 def marked(
