@@ -3,8 +3,10 @@
 import copy
 import random
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from types import ModuleType
 
 import jaxtyping
 import numpy as np
@@ -198,3 +200,17 @@ def trace() -> Callable[..., Callable[[], list[str]]]:
         return changed
 
     return start
+
+
+@pytest.fixture
+def crf_library(monkeypatch):
+    """Return what puts a field of its own in the place of pydensecrf's."""
+
+    def install(field):
+        module = ModuleType("pydensecrf.densecrf")
+        module.DenseCRF2D = field
+        monkeypatch.setitem(sys.modules, "pydensecrf", ModuleType("pydensecrf"))
+        monkeypatch.setitem(sys.modules, "pydensecrf.densecrf", module)
+        return field
+
+    return install

@@ -4,7 +4,6 @@ import importlib.util
 import math
 import sys
 from functools import partial
-from types import ModuleType
 
 import numpy as np
 import pytest
@@ -197,11 +196,8 @@ class Field:
 
 
 @pytest.fixture
-def field(monkeypatch):
-    module = ModuleType("pydensecrf.densecrf")
-    module.DenseCRF2D = Field
-    monkeypatch.setitem(sys.modules, "pydensecrf", ModuleType("pydensecrf"))
-    monkeypatch.setitem(sys.modules, "pydensecrf.densecrf", module)
+def field(crf_library):
+    crf_library(Field)
 
 
 def test_the_field_gets_labels_as_energies_and_the_image_in_bytes(field):

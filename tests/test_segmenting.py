@@ -10,7 +10,6 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
@@ -809,11 +808,8 @@ def flooded(labels, count):
 
 
 @pytest.fixture
-def library(monkeypatch):
-    module = ModuleType("pydensecrf.densecrf")
-    module.DenseCRF2D = Fields
-    monkeypatch.setitem(sys.modules, "pydensecrf", ModuleType("pydensecrf"))
-    monkeypatch.setitem(sys.modules, "pydensecrf.densecrf", module)
+def library(crf_library):
+    crf_library(Fields)
     Fields.made.clear()
 
 
