@@ -23,7 +23,7 @@ ALLOWED = {
     "registry": set(),
     "kinds": {"registry"},
     "memory": set(),
-    "runs": set(),
+    "runs": {"kinds"},
     "data": {"types"},
     "hooks": {"registry"},
     "layers": {"types", "hooks"},
@@ -42,10 +42,12 @@ ALLOWED = {
     "processes": {"classifier"},
     "pieces": {"classifier", "evaluation", "metrics", "processes", "runs"},
     "training": {"data", "processes", "runs"},
-    "classifier_training": {"types", "hooks", "classifier", "data", "registry", "runs", "training", "wsol_training"},
-    "recipes": {"registry", "runs"},
-    "backgrounds": {"maps", "registry", "runs"},
-    "wsol_training": {"types", "hooks", "classifier", "registry", "runs"},
+    "classifier_training": {
+        *("types", "hooks", "classifier", "data", "kinds", "registry", "runs", "training", "wsol_training"),
+    },
+    "recipes": {"kinds", "runs"},
+    "backgrounds": {"kinds", "maps", "registry", "runs"},
+    "wsol_training": {"types", "hooks", "classifier", "kinds", "runs"},
     "supersets": {"registry", "runs"},
     "explainers": CORE
     | {"backgrounds", "layers", "data", "interchange", "runs", "models", "processes", "training"}
@@ -57,8 +59,8 @@ ALLOWED = {
     "hyperplanes": {"types", "classifier", "maps", "methods"},
     "windows": {"types", "classifier", "hooks", "layers"},
     "segmenting": {
-        *("backgrounds", "classifier", "data", "evaluation", "images", "interchange", "maps", "methods", "metrics"),
-        *("models", "protocols", "registry", "running", "runs", "settings", "types", "viz"),
+        *("backgrounds", "classifier", "data", "evaluation", "images", "interchange", "kinds", "maps", "methods"),
+        *("metrics", "models", "protocols", "registry", "running", "runs", "settings", "types", "viz"),
     },
     "study": {
         "latex",
@@ -78,7 +80,8 @@ ALLOWED = {
     "accumulate": {"metrics"},
     "evaluation": {"types", "classifier", "maps", "data", "metrics", "accumulate", "runs"},
     "explanation": {
-        *(CORE | {"images", "viz", "interchange", "evaluation", "methods", "metrics", "models", "runs", "settings"}),
+        *(CORE | {"images", "viz", "interchange", "evaluation", "kinds", "methods", "metrics", "models", "runs"}),
+        "settings",
     },
     "running": {
         *(CORE | CATALOGUES),

@@ -71,7 +71,10 @@ def test_list_shows_every_method_and_metric(capsys: pytest.CaptureFixture[str]):
             ["explain", "PHOTO", "--method", "opti_cam", "--set", "stps=3"],
             "no setting called 'stps'; did you mean steps?",
         ),
-        (["explain", "PHOTO", "--method", "opti_cam", "--set", "steps=many"], "steps: expected int, got 'many'"),
+        (
+            ["explain", "PHOTO", "--method", "opti_cam", "--set", "steps=many"],
+            "steps: expected a whole number, got 'many'",
+        ),
         (["explain", "PHOTO", "--set", "steps"], "expected --set key=value, got 'steps'"),
         (["explain", "PHOTO", "--model", MODEL, "--layer", "layer5"], "did you mean layer4"),
         (["explain", "PHOTO", "--model", MODEL, "--resize", "stretch"], "stretch"),

@@ -176,7 +176,7 @@ def test_trials_need_a_better_side(data, trained, tmp_path):
     [
         ({"thining": "F"}, LookupError, "no setting called 'thining'; did you mean thinning"),
         ({"thinning": "M"}, ValueError, "expected thinning F, L, FL or L with a period"),
-        ({"lr": "fast"}, TypeError, "lr: expected float, got 'fast'"),
+        ({"lr": "fast"}, TypeError, "lr: expected a number, got 'fast'"),
     ],
 )
 def test_wrong_settings_are_told_before_any_work(tmp_path, settings, kind, message):

@@ -189,7 +189,7 @@ def test_a_name_with_settings_is_the_same_as_its_text():
     ("text", "error", "told"),
     [
         ("mini_resnt", LookupError, "no model called 'mini_resnt'; did you mean mini_resnet.*or torchvision:NAME"),
-        ("mini_vgg?clases=3", LookupError, "no setting of mini_vgg called 'clases'; did you mean classes"),
+        ("mini_vgg?clases=3", LookupError, "mini_vgg: no setting called 'clases'; did you mean classes"),
         ("mini_resnet?layer=layr4", LookupError, "no layer called 'layr4'; did you mean layer4"),
         ("torchvision:resnet5", LookupError, "no torchvision model called 'resnet5'; did you mean resnet50"),
         ("torchvision:resnet18?weights=V3", LookupError, "no weights of resnet18 called 'V3'; known: DEFAULT"),

@@ -322,7 +322,7 @@ def test_a_manifest_that_leads_back_to_its_file_is_refused(tmp_path, monkeypatch
         ({"layer": "stage9"}, LookupError, "no layer called 'stage9'; did you mean stage"),
         ({"normalization": "imagnet"}, ValueError, "no normalization called 'imagnet'"),
         ({"model": "torchvision:shufflenet"}, LookupError, "no torchvision model called 'shufflenet'; did you mean"),
-        ({"model": 3}, TypeError, r"net\.json: model: expected str or a table, got 3"),
+        ({"model": 3}, TypeError, r"net\.json: model: expected text or a table, got 3"),
         ({"model": {"num_classes": 3}}, ValueError, r"net\.json: model: expected a table with a name"),
         (
             {"model": "net.pth"},
@@ -330,8 +330,8 @@ def test_a_manifest_that_leads_back_to_its_file_is_refused(tmp_path, monkeypatch
             r"net\.json: model: expected the network of .*, got 'net\.pth'",
         ),
         ({"model": "net.pt?layer=a"}, ValueError, r"net\.json: model: expected the network .*, got 'net\.pt'"),
-        ({"layer": 3}, TypeError, r"net\.json: layer: expected str, got 3"),
-        ({"layer": None}, TypeError, r"net\.json: layer: expected str, got None"),
+        ({"layer": 3}, TypeError, r"net\.json: layer: expected text, got 3"),
+        ({"layer": None}, TypeError, r"net\.json: layer: expected text, got None"),
         ({"mean": [0.5]}, ValueError, r"net\.json: mean says nothing alone; write both mean and std, or normalization"),
         ({"std": [0.5]}, ValueError, r"net\.json: std says nothing alone"),
         ({"mean": [0.5], "std": [1], "normalization": "none"}, ValueError, r"net\.json: says normalization and also"),
@@ -343,9 +343,9 @@ def test_a_manifest_that_leads_back_to_its_file_is_refused(tmp_path, monkeypatch
         ({"mean": [], "std": []}, ValueError, r"net\.json: mean and std: expected two lists"),
         ({"normalization": [[0.5]]}, ValueError, r"net\.json: normalization: expected two lists"),
         ({"normalization": [0.5, 0.5]}, ValueError, r"net\.json: normalization: expected two lists"),
-        ({"size": "224"}, TypeError, r"net\.json: size: expected int or a list, got '224'"),
-        ({"size": "64"}, TypeError, r"net\.json: size: expected int or a list, got '64'"),
-        ({"size": True}, TypeError, r"net\.json: size: expected int or a list, got True"),
+        ({"size": "224"}, TypeError, r"net\.json: size: expected a whole number or a list, got '224'"),
+        ({"size": "64"}, TypeError, r"net\.json: size: expected a whole number or a list, got '64'"),
+        ({"size": True}, TypeError, r"net\.json: size: expected a whole number or a list, got True"),
         ({"size": -4}, ValueError, r"net\.json: size: expected a side or \[height, width\] in pixels, got -4"),
         ({"size": [1, 2, 3]}, ValueError, r"net\.json: size: expected a side or .*, got \[1, 2, 3\]"),
         ({"size": [64, 0]}, ValueError, r"net\.json: size: expected a side or .*, got \[64, 0\]"),
@@ -846,7 +846,7 @@ def test_the_forms_say_what_is_read_and_what_is_run():
 
 
 def test_settings_of_other_kinds_are_refused():
-    with pytest.raises(TypeError, match="none: size: expected int or list, got 'abc'"):
+    with pytest.raises(TypeError, match="none: size: expected a whole number or a list, got 'abc'"):
         models.load("none?size=abc")
 
 

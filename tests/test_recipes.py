@@ -21,11 +21,11 @@ def test_a_recipe_is_read_and_written_as_it_is():
     ("entries", "kind", "message"),
     [
         ({"sed": 1}, LookupError, "no entry of a recipe called 'sed'; did you mean seed"),
-        ({"seed": "1"}, TypeError, "expected seed to be a whole number, got '1'"),
-        ({"seed": True}, TypeError, "expected seed to be a whole number, got True"),
-        ({"settings": 3}, TypeError, "expected settings to be a table, got 3"),
+        ({"seed": "1"}, TypeError, "seed: expected a whole number, got '1'"),
+        ({"seed": True}, TypeError, "seed: expected a whole number, got True"),
+        ({"settings": 3}, TypeError, "settings: expected a table, got 3"),
         ({"data": 3}, TypeError, "expected a name or a table"),
-        ({"low": "abc"}, TypeError, "expected low to be a number, got 'abc'"),
+        ({"low": "abc"}, TypeError, "low: expected a number, got 'abc'"),
         ({"trials": -1}, ValueError, "expected trials >= 0"),
         ({"low": 0.1, "high": 0.01, "trials": 1, "val": "creatures"}, ValueError, "0 < low <= high"),
         ({"trials": 3}, ValueError, "trials are compared on images that nobody learns from"),
@@ -46,7 +46,7 @@ def test_a_file_lacks_what_the_defaults_say(tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("seed = ", "casm.toml is not TOML"), ("seed = 'a'", "casm.toml: expected seed to be a whole")],
+    [("seed = ", "casm.toml is not TOML"), ("seed = 'a'", "casm.toml: seed: expected a whole")],
 )
 def test_a_broken_file_is_named(tmp_path, text, message):
     path = tmp_path / "casm.toml"

@@ -399,7 +399,11 @@ def test_file_names():
             FileNotFoundError,
             "there is no folder nowhere/at/all",
         ),
-        ({"data": {"name": "creatures", "count": "5"}}, TypeError, "creatures: count: expected int or None, got '5'"),
+        (
+            {"data": {"name": "creatures", "count": "5"}},
+            TypeError,
+            "creatures: count: expected a whole number or None, got '5'",
+        ),
         ({"method": "grad_cma"}, LookupError, "no method called 'grad_cma'; did you mean"),
         ({"method": {"name": "opti_cam", "stpes": 5}}, LookupError, "opti_cam: no setting called 'stpes'"),
         ({"method": {"name": "opti_cam", "objective": "maks"}}, LookupError, "did you mean mask"),

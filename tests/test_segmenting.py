@@ -631,7 +631,7 @@ PLAIN = {"model": "creatures", "data": "creatures", "method": "cam"}
         ({**PLAIN, "threshold": float("nan")}, ValueError, "low <= high"),
         ({**PLAIN, "batch": 0}, ValueError, "batch >= 1"),
         ({**PLAIN, "images": -1}, ValueError, "images >= 0"),
-        ({**PLAIN, "batch": 2.5}, TypeError, "expected batch to be int, got 2.5"),
+        ({**PLAIN, "batch": 2.5}, TypeError, "batch: expected a whole number, got 2.5"),
         ({**PLAIN, "irn": 1}, TypeError, "expected irn to be one of npy, npz, or true or false, got 1"),
         ({**PLAIN, "irn": "np"}, LookupError, "form of IRN's dictionaries called 'np'"),
         ({**PLAIN, "resolve": "crf?threshold=0.2"}, ValueError, "leave out crf\\?threshold="),

@@ -13,6 +13,7 @@ from sightline.classifier import SCORES, probability
 from sightline.erase import blur
 from sightline.methods import METHODS, edge, gradient, mean, smooth
 from sightline.metrics import METRICS
+from sightline.protocols import segmentation
 from sightline.runs import Choice, arguments
 from sightline.settings import bind, method_of, signed
 
@@ -85,25 +86,30 @@ def test_whole_numbers_become_fractions_where_those_are_meant(setting, kind):
     assert type(bind(sample, {setting: 2})(0)[setting]) is kind
 
 
+@pytest.mark.parametrize("setting", ["name", "root"])
+def test_whole_numbers_become_text_where_that_is_meant(setting):
+    assert bind(sample, {setting: 2007})(0)[setting] == "2007"
+
+
 @pytest.mark.parametrize(
     ("setting", "value", "expected"),
     [
-        ("steps", 5.0, "int, got 5.0"),
-        ("steps", "5", "int, got '5'"),
-        ("steps", True, "int, got True"),
-        ("steps", None, "int, got None"),
-        ("rate", "0.5", "float, got '0.5'"),
-        ("rate", False, "float, got False"),
-        ("keep", 1, "bool, got 1"),
-        ("keep", "true", "bool, got 'true'"),
-        ("name", 3, "str, got 3"),
-        ("name", False, "str, got False"),
+        ("steps", 5.0, "a whole number, got 5.0"),
+        ("steps", "5", "a whole number, got '5'"),
+        ("steps", True, "a whole number, got True"),
+        ("steps", None, "a whole number, got None"),
+        ("rate", "0.5", "a number, got '0.5'"),
+        ("rate", False, "a number, got False"),
+        ("keep", 1, "true or false, got 1"),
+        ("keep", "true", "true or false, got 'true'"),
+        ("name", 0.3, "text, got 0.3"),
+        ("name", False, "text, got False"),
         ("mode", 1, "'fast' or 'exact', got 1"),
         ("corners", "4", "4 or 8, got '4'"),
         ("corners", True, "4 or 8, got True"),
-        ("limit", "no", "float or None, got 'no'"),
-        ("either", 2.5, "'all' or int, got 2.5"),
-        ("size", "32", "int or a list, got '32'"),
+        ("limit", "no", "a number or None, got 'no'"),
+        ("either", 2.5, "'all' or a whole number, got 2.5"),
+        ("size", "32", "a whole number or a list, got '32'"),
         ("layers", "stem", "a list, got 'stem'"),
         ("call", "abs", "a function, got 'abs'"),
         ("table", "{}", "a table or a function, got '{}'"),
@@ -122,6 +128,15 @@ def test_unknown_setting_names_the_near_ones():
         bind(sample, {"x": 5})
     with pytest.raises(LookupError, match="opti_cam: no setting called 'stpes'; did you mean steps"):
         bind(METHODS["opti_cam"].method, {"stpes": 5})
+
+
+def test_a_setting_that_left_its_choice_is_told_how_to_go_back():
+    asked = Choice.parse("segmentation?resolve=smooth?size=3&sigma=0.6")
+    with pytest.raises(LookupError) as caught:
+        bind(segmentation, asked.settings)
+    assert str(caught.value).endswith("; if it belongs to smooth, write resolve=(smooth?size=3&sigma=0.6)")
+    bound = Choice.parse("segmentation?resolve=(smooth?size=3&sigma=0.6)").settings
+    assert bind(segmentation, bound)
 
 
 @pytest.mark.parametrize(
@@ -167,10 +182,11 @@ def test_erase_by_name_or_table():
         ("blakc", LookupError, "no eraser called 'blakc'; did you mean black"),
         ({"name": "blurr", "sigma": 2}, LookupError, "no eraser called 'blurr'; did you mean blur"),
         ({"name": "blur", "sigmma": 2}, LookupError, "blur: no setting called 'sigmma'; did you mean sigma"),
-        ({"name": "blur", "sigma": "2"}, TypeError, "blur: sigma: expected float, got '2'"),
+        ({"name": "blur", "sigma": "2"}, TypeError, "blur: sigma: expected a number, got '2'"),
         ({"name": "blur", "padding": "zero"}, LookupError, "padding: no choice called 'zero'; did you mean zeros"),
         ({"sigma": 2}, ValueError, "expected a table with a name, got {'sigma': 2}"),
-        (5, TypeError, "average_drop: erase: expected str or a function, got 5"),
+        (5, LookupError, "no eraser called '5'"),
+        (0.5, TypeError, "average_drop: erase: expected text or a function, got 0.5"),
     ],
 )
 def test_wrong_erasers(erase, error, message):
@@ -184,7 +200,7 @@ def test_a_partial_is_bound_further():
     assert twice(0) == sample(0, steps=4, rate=2)
     with pytest.raises(LookupError, match="sample: no setting called 'stesp'"):
         bind(once, {"stesp": 3})
-    with pytest.raises(TypeError, match="sample: rate: expected float, got 'x'"):
+    with pytest.raises(TypeError, match="sample: rate: expected a number, got 'x'"):
         bind(once, {"rate": "x"})
 
 

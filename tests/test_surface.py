@@ -307,10 +307,10 @@ FUNCTIONS = {
         "configured": "(kind, recipe)",
     },
     "backgrounds": {
-        "basic": "(image, maps)",
-        "smooth": "(image, maps, *, size=13, sigma=5.0, renormalize=True)",
-        "superpixel": "(image, maps, *, scale=100.0, sigma=0.5, min_size=50, renormalize=False)",
-        "crf": "(image, maps, *, threshold=0.3, iterations=10, confidence=0.7, near=3.0, near_weight=3.0, far=50.0, "
+        "basic": "(image, maps, /)",
+        "smooth": "(image, maps, /, *, size=13, sigma=5.0, renormalize=True)",
+        "superpixel": "(image, maps, /, *, scale=100.0, sigma=0.5, min_size=50, renormalize=False)",
+        "crf": "(image, maps, /, *, threshold=0.3, iterations=10, confidence=0.7, near=3.0, near_weight=3.0, far=50.0, "
         "color=5.0, far_weight=10.0)",
         "resolve_of": "(what, *, divided=True)",
         "labels_at": "(maps, classes, low, high=None)",

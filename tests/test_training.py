@@ -688,7 +688,7 @@ def test_permute_is_a_setting_of_the_command_line():
 
     assert bind(ClassifierConfig, pairs(("permute=0", "lr=0.1")))().permute == 0
     assert bind(ClassifierConfig, pairs(("lr=0.1",)))().permute is None
-    with pytest.raises(TypeError, match="permute: expected int or None, got 'yes'"):
+    with pytest.raises(TypeError, match="permute: expected a whole number or None, got 'yes'"):
         bind(ClassifierConfig, pairs(("permute=yes",)))
 
 

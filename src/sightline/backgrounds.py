@@ -17,8 +17,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from sightline.kinds import configured
 from sightline.maps import blur, by_maximum
-from sightline.registry import chosen, configured, load
+from sightline.registry import chosen, load
 from sightline.runs import Choice
 
 Resolve: TypeAlias = Callable[[Float[Tensor, "ch h w"], Float[Tensor, "n h w"]], Float[Tensor, "n h w"]]
@@ -31,7 +32,7 @@ LARGEST = 253
 """The last class for which a mask has a value."""
 
 
-def basic(image: Float[Tensor, "ch h w"], maps: Float[Tensor, "n h w"]) -> Float[Tensor, "n h w"]:
+def basic(image: Float[Tensor, "ch h w"], maps: Float[Tensor, "n h w"], /) -> Float[Tensor, "n h w"]:
     """Leave the maps as they are: one threshold separates the background."""
     return maps
 
@@ -39,6 +40,7 @@ def basic(image: Float[Tensor, "ch h w"], maps: Float[Tensor, "n h w"]) -> Float
 def smooth(
     image: Float[Tensor, "ch h w"],
     maps: Float[Tensor, "n h w"],
+    /,
     *,
     size: int = 13,
     sigma: float = 5.0,
@@ -64,6 +66,7 @@ def smooth(
 def superpixel(
     image: Float[Tensor, "ch h w"],
     maps: Float[Tensor, "n h w"],
+    /,
     *,
     scale: float = 100.0,
     sigma: float = 0.5,
@@ -108,6 +111,7 @@ def superpixels(image: Float[Tensor, "ch h w"], scale: float, sigma: float, min_
 def crf(
     image: Float[Tensor, "ch h w"],
     maps: Float[Tensor, "n h w"],
+    /,
     *,
     threshold: float = 0.3,
     iterations: int = 10,

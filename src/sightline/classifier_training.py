@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from sightline.classifier import Classifier, check_labels, read_logits
 from sightline.data import Batch, Indexed, Sample, batches
 from sightline.hooks import submodule
-from sightline.registry import configured, unknown
+from sightline.kinds import configured
+from sightline.registry import unknown
 from sightline.runs import Choice
 from sightline.training import Augment, Metrics, Progress, fit, generator, gradients, synchronize, update
 from sightline.types import Labels, Logits, Values
@@ -554,12 +555,12 @@ def augmenter(text: str) -> Augment:
     return chosen
 
 
-def flip(image: Tensor, randomness: torch.Generator) -> Tensor:
+def flip(image: Tensor, randomness: torch.Generator, /) -> Tensor:
     """Mirror left and right for half of the images."""
     return image.flip(-1) if draw(randomness, 0.0, 1.0) < 0.5 else image
 
 
-def crop(image: Tensor, randomness: torch.Generator) -> Tensor:
+def crop(image: Tensor, randomness: torch.Generator, /) -> Tensor:
     """Pad by an eighth of each side, by reflection, and crop back to the size at a random place."""
     h, w = image.shape[-2:]
     padded = F.pad(image[None], (w // 8, w // 8, h // 8, h // 8), mode="reflect")[0]
@@ -567,7 +568,7 @@ def crop(image: Tensor, randomness: torch.Generator) -> Tensor:
     return padded[:, top : top + h, left : left + w]
 
 
-def zoom(image: Tensor, randomness: torch.Generator, *, smallest: float = 0.35) -> Tensor:
+def zoom(image: Tensor, randomness: torch.Generator, /, *, smallest: float = 0.35) -> Tensor:
     """Crop `smallest` to 1 of the area at an aspect of 3/4 to 4/3, and resize to the old size (bilinear, antialiased).
 
     The aspect is relative to the image's own; a side that would exceed the image is cut to it.
@@ -586,12 +587,12 @@ def zoom(image: Tensor, randomness: torch.Generator, *, smallest: float = 0.35) 
     return F.interpolate(part, size=(h, w), mode="bilinear", antialias=True)[0].clamp(0, 1)
 
 
-def resized_crop(image: Tensor, randomness: torch.Generator) -> Tensor:
+def resized_crop(image: Tensor, randomness: torch.Generator, /) -> Tensor:
     """Zoom into .08 to 1 of the area: torchvision's RandomResizedCrop, but for sides that exceed the image."""
     return zoom(image, randomness, smallest=0.08)
 
 
-def rescale(image: Tensor, randomness: torch.Generator, *, low: float = 0.625, high: float = 1.25) -> Tensor:
+def rescale(image: Tensor, randomness: torch.Generator, /, *, low: float = 0.625, high: float = 1.25) -> Tensor:
     """Resize by a factor of `low` to `high` (bilinear, antialiased), and crop back to the size at a random place.
 
     Where it has become smaller, it lies at a random place on its mean color. IRN (Ahn et al., CVPR 2019): the longer
@@ -614,7 +615,7 @@ def rescale(image: Tensor, randomness: torch.Generator, *, low: float = 0.625, h
     return canvas.clamp(0, 1)
 
 
-def jitter(image: Tensor, randomness: torch.Generator) -> Tensor:
+def jitter(image: Tensor, randomness: torch.Generator, /) -> Tensor:
     """Scale brightness, contrast and saturation, each by .8 to 1.2, in this order; clamp to [0, 1]."""
     brightness, contrast, saturation = (draw(randomness, 0.8, 1.2) for _ in range(3))
     image = image * brightness
@@ -623,13 +624,13 @@ def jitter(image: Tensor, randomness: torch.Generator) -> Tensor:
     return (gray + saturation * (image - gray)).clamp(0, 1)
 
 
-def left_half(image: Tensor, randomness: torch.Generator) -> Tensor:
+def left_half(image: Tensor, randomness: torch.Generator, /) -> Tensor:
     """Replace the right half by uniform noise: whoever learns so looks at the left one (CASM's two copies)."""
     half = image.shape[-1] // 2
     return torch.cat([image[..., :half], torch.rand(image[..., half:].shape, generator=randomness).to(image)], -1)
 
 
-def binary_mask(image: Tensor, randomness: torch.Generator, *, keep: float = 0.9) -> Tensor:
+def binary_mask(image: Tensor, randomness: torch.Generator, /, *, keep: float = 0.9) -> Tensor:
     """Return I * m with m ~ Bernoulli(keep) for each pixel, all colors together: "model-pert-binary" of Maruf et al.
 
     Raises:
@@ -640,7 +641,7 @@ def binary_mask(image: Tensor, randomness: torch.Generator, *, keep: float = 0.9
     return image * (torch.rand(image.shape[-2:], generator=randomness) < keep).to(image)
 
 
-def gaussian_noise(image: Tensor, randomness: torch.Generator, *, noise: float = 0.15) -> Tensor:
+def gaussian_noise(image: Tensor, randomness: torch.Generator, /, *, noise: float = 0.15) -> Tensor:
     """Return I + eps with eps ~ N(0, noise^2) for each value, not clamped: "model-pert-gaussian" of Maruf et al.
 
     Raises:

@@ -29,12 +29,13 @@ from sightline.classifier import (
 )
 from sightline.evaluation import checked
 from sightline.interchange import npy
+from sightline.kinds import unbound
 from sightline.maps import degenerate, resize, unit
 from sightline.methods import Entry
 from sightline.metrics import finite
 from sightline.models import load as load_model
 from sightline.registry import unknown
-from sightline.runs import Choice, arguments, file_name, provenance, unbound, write_bytes, write_text
+from sightline.runs import Choice, arguments, file_name, provenance, write_bytes, write_text
 from sightline.settings import bind, method_of, signed
 from sightline.types import Images, Labels, Saliency, Values
 

@@ -1,34 +1,14 @@
 """Recipes. What a training is told, as plain data: a TOML file that can be written out, edited and run again."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import tomli_w
 
-from sightline.registry import unknown
+from sightline.kinds import entries
 from sightline.runs import Choice, read_toml, without_none, write_text
-
-KINDS: Mapping[str, Any] = {
-    "seed": int,
-    "trials": int,
-    "half": bool,
-    "select": str,
-    "settings": Mapping,
-    "low": int | float,
-    "high": int | float,
-}
-WORDS = {
-    "seed": "a whole number",
-    "trials": "a whole number",
-    "half": "true or false",
-    "select": "a name",
-    "settings": "a table",
-    "low": "a number",
-    "high": "a number",
-}
-"""Plain entries of a recipe, and what they are called."""
 
 
 @dataclass(frozen=True)
@@ -69,12 +49,7 @@ class Recipe:
             LookupError: an entry that no recipe has.
             TypeError, ValueError: a value of another kind, or out of range.
         """
-        names = [one.name for one in fields(cls)]
-        for name, value in table.items():
-            if name not in names:
-                raise LookupError(unknown(name, names, "entry of a recipe"))
-            if name in KINDS and (not isinstance(value, KINDS[name]) or (value is True and name != "half")):
-                raise TypeError(f"expected {name} to be {WORDS[name]}, got {value!r}")
+        entries(cls, table, "recipe")
         chosen = {name: Choice.of(table[name]) for name in ("data", "model", "test", "val") if name in table}
         numbers = {name: float(table[name]) for name in ("low", "high") if name in table}
         return cls(**{**table, **chosen, **numbers})

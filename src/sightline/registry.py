@@ -1,11 +1,9 @@
 """Names. From a name to a thing: our own catalogues first, then entry points of installed packages."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
-from functools import partial
 from importlib import import_module
 from importlib.metadata import entry_points
-from inspect import signature
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -38,44 +36,6 @@ def chosen(name: str, choices: Mapping[str, T], kind: str) -> T:
     if name not in choices:
         raise LookupError(unknown(name, choices, kind))
     return choices[name]
-
-
-def configured(
-    functions: Mapping[str, Callable[..., T]], name: str, settings: Mapping[str, Any], what: str
-) -> Callable[..., T]:
-    """Return the function of a name, with settings that are of the kinds of its defaults.
-
-    Raises:
-        LookupError: an unknown name (of `what`) or setting, with near ones.
-        TypeError: a setting of a wrong kind.
-    """
-    function = chosen(name, functions, what)
-    listed = signature(function).parameters.values()
-    defaults = {parameter.name: parameter.default for parameter in listed if parameter.default is not parameter.empty}
-    for setting in settings:
-        if setting not in defaults:
-            raise LookupError(f"{name}: {unknown(setting, defaults, 'setting')}")
-    read = {setting: like(defaults[setting], value, f"{name}: {setting}") for setting, value in settings.items()}
-    return partial(function, **read) if read else function
-
-
-def like(default: Any, value: Any, what: str) -> Any:
-    """Return a value as the kind of a default: text, true or false, a whole number or a number.
-
-    Raises:
-        TypeError: it is of another kind.
-    """
-    kind: type = type(default)
-    if kind is str:
-        return str(value)
-    fits = isinstance(value, kind) or (kind is float and isinstance(value, int))
-    if not fits or isinstance(value, bool) != (kind is bool):
-        raise TypeError(f"{what}: expected {WORDS[kind]}, got {value!r}")
-    return kind(value)
-
-
-WORDS: Mapping[type, str] = {bool: "true or false", int: "a whole number", float: "a number"}
-"""What kinds of values are called."""
 
 
 def unknown(name: str, known: Iterable[str], kind: str) -> str:

@@ -7,7 +7,7 @@ import os
 import platform
 import tempfile
 import tomllib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -16,10 +16,9 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-PACKAGES = ("sightline", "torch", "torchvision", "numpy")
+from sightline.kinds import entries, unbound
 
-KINDS: Mapping[str, type] = {"explain": str, "layer": str, "fast": str, "images": int, "batch": int, "seed": int}
-"""Plain entries of a specification."""
+PACKAGES = ("sightline", "torch", "torchvision", "numpy")
 
 PRECISIONS = ("exact", "bf16")
 """How fast a classifier may be asked (`speed.fast`)."""
@@ -130,20 +129,11 @@ class Spec:
         """Read one TOML table.
 
         Raises:
+            LookupError: an entry that a specification does not have, with near names.
             TypeError: a value of another kind.
-            ValueError: a key that a specification does not have, a missing one, or a number out of range.
+            ValueError: a missing entry, or a number out of range.
         """
-        known = {item.name for item in fields(cls)}
-        if unknown := sorted(set(table) - known):
-            raise ValueError(f"a specification has no {', '.join(unknown)}; it has {', '.join(sorted(known))}")
-        if missing := [name for name in ("model", "data", "method", "metrics") if name not in table]:
-            raise ValueError(f"the specification lacks {', '.join(missing)}")
-        if isinstance(table["metrics"], str) or not isinstance(table["metrics"], Sequence):
-            raise TypeError(f"expected a list of metrics, got {table['metrics']!r}")
-        for name, kind in KINDS.items():
-            value = table.get(name, getattr(cls, name))
-            if type(value) is not kind and (name, value) not in (("layer", None), ("fast", None)):
-                raise TypeError(f"{name}: expected {kind.__name__}, got {value!r}")
+        entries(cls, table, "specification")
         choices = {name: Choice.of(table[name]) for name in ("model", "data", "method")}
         metrics = tuple(Choice.of(metric) for metric in table["metrics"])
         spec = cls(**{**table, **choices, "metrics": metrics})
@@ -341,11 +331,6 @@ def arguments(function: Callable[..., Any]) -> dict[str, Any]:
     named = [p for p in parameters if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)]
     defaults = {p.name: p.default for p in named if p.default is not p.empty}
     return {key: describe(value) for key, value in {**defaults, **bound}.items()}
-
-
-def unbound(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the function inside a partial."""
-    return function.func if isinstance(function, partial) else function
 
 
 def describe(value: Any) -> Any:

@@ -37,6 +37,7 @@ from sightline.data import Batch, Dataset, Indexed, Sample, collate
 from sightline.evaluation import Maps, checked_batch, logits_of, synchronize
 from sightline.images import ImageError, fit
 from sightline.interchange import MEANING, Cams, read_labels, write_irn, write_labels
+from sightline.kinds import entries
 from sightline.maps import by_maximum, degenerate, resize
 from sightline.methods._per_class import one_pass
 from sightline.metrics import finite
@@ -96,11 +97,7 @@ FORMS = ("npy", "npz")
 BASIC, GIVEN, CRF = Choice("basic"), Choice("labels"), "crf"
 
 NAMES = ("model", "data", "method", "resolve", "classes")
-KINDS: Mapping[str, type] = {
-    **dict.fromkeys(("normalize", "size", "layer"), str),
-    **dict.fromkeys(("images", "batch", "seed"), int),
-}
-"""Entries that are names with settings, and plain ones."""
+"""Entries that are names with settings."""
 
 
 @dataclass(frozen=True)
@@ -162,18 +159,11 @@ class Segmenting:
             TypeError: a value of another kind.
             ValueError: a missing entry, or a number out of range.
         """
-        names = [one.name for one in fields(cls)]
-        for name, value in table.items():
-            if name not in names:
-                raise LookupError(unknown(name, names, "entry of a segmenting"))
-            if name in KINDS and type(value) is not KINDS[name] and (name, value) != ("layer", None):
-                raise TypeError(f"expected {name} to be {KINDS[name].__name__}, got {value!r}")
-        if missing := [name for name in ("model", "data", "method") if name not in table]:
-            raise ValueError(f"the segmenting lacks {', '.join(missing)}")
-        choices = {name: Choice.of(table[name]) for name in NAMES if name in table}
         levels = {"threshold": threshold_of(table["threshold"])} if "threshold" in table else {}
         forms = {"irn": form_of(table["irn"])} if "irn" in table else {}
-        return cls(**{**table, **choices, **levels, **forms})
+        read = {**table, **levels, **forms}
+        entries(cls, read, "segmenting")
+        return cls(**{**read, **{name: Choice.of(read[name]) for name in NAMES if name in read}})
 
     @classmethod
     def read(cls, path: Path | str, **entries: Any) -> "Segmenting":

@@ -2,19 +2,17 @@
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from inspect import Parameter, signature
+from inspect import signature
 from typing import Any, Literal, TypeVar, get_origin
 
 from sightline.classifier import SCORES, Method
 from sightline.erase import ERASERS, resolve
-from sightline.kinds import annotations, check, kinds
+from sightline.kinds import bound, unbound
 from sightline.methods import COMBINATORS, METHODS
-from sightline.registry import find, load, unknown
-from sightline.runs import Choice, split, unbound
+from sightline.registry import find, load
+from sightline.runs import Choice, split
 
 T = TypeVar("T")
-
-VARIADIC = (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
 
 
 def seeded(function: Callable[..., T], settings: Mapping[str, Any], seed: int | None) -> Callable[..., T]:
@@ -69,13 +67,13 @@ def learned(choice: Choice) -> Choice:
 
 def signed(method: Callable[..., Any]) -> bool:
     """Tell whether a method of ours gives signed maps; a combined one does where a method inside does."""
-    inner, bound = unbound(method), method.keywords if isinstance(method, partial) else {}
+    inner, settings = unbound(method), method.keywords if isinstance(method, partial) else {}
     name = getattr(inner, "__name__", "")
     if name in METHODS and METHODS[name].method is inner:
         return METHODS[name].signed
     if name not in COMBINATORS:
         return False
-    parts = [*bound.get("methods", ()), *([bound["method"]] if "method" in bound else [])]
+    parts = [*settings.get("methods", ()), *([settings["method"]] if "method" in settings else [])]
     return COMBINATORS[name].signed or any(signed(part) for part in parts)
 
 
@@ -89,24 +87,11 @@ def bind(function: Callable[..., T], settings: Mapping[str, Any]) -> Callable[..
         TypeError: a value of another kind than the annotated one.
         ValueError: a table without a name.
     """
-    title = getattr(unbound(function), "__name__", type(function).__name__)
-    parameters = signature(function).parameters.values()
-    known = [p.name for p in parameters if p.kind not in (Parameter.POSITIONAL_ONLY, *VARIADIC)]
-    anything = any(p.kind is Parameter.VAR_KEYWORD for p in parameters)
-    hints = annotations(unbound(function))
-    read: dict[str, Any] = {}
-    for name, value in settings.items():
-        if name not in known and not anything:
-            raise LookupError(f"{title}: {unknown(name, known, 'setting')}")
-        read[name] = interpreted(name, value, hints.get(name, Any))
-        check(f"{title}: {name}", read[name], hints.get(name, Any))
-    return partial(function, **read) if read else function
+    return bound(function, settings, getattr(unbound(function), "__name__", type(function).__name__), interpreted)
 
 
 def interpreted(name: str, value: Any, hint: Any) -> Any:
     """Return what plain data stands for."""
-    if isinstance(value, int) and not isinstance(value, bool) and float in kinds(hint) and int not in kinds(hint):
-        return float(value)
     if name == "score" and isinstance(value, str) and get_origin(hint) is not Literal:
         return find(value, SCORES, "scores")
     if name != "erase" and isinstance(value, Mapping):  # a class's number is text where TOML has it as a key

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from sightline.classifier import Classifier, UnsuitedError
 from sightline.hooks import edit
-from sightline.registry import configured
+from sightline.kinds import configured
 from sightline.runs import Choice
 from sightline.types import Features, Images, Labels
 

@@ -13,15 +13,14 @@ Only `model` has to be there, `normalization` (or `mean` and `std`) where the mo
 unless the user allows it in the model's own name: `weights.safetensors?code=run`.
 """
 
-import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
-from sightline.kinds import annotations, check
-from sightline.registry import find, unknown
+from sightline.kinds import bound, check
+from sightline.registry import find
 from sightline.registry import load as _load
 from sightline.runs import Choice
 
@@ -219,13 +218,7 @@ def call(function: Callable[..., Any], settings: Mapping[str, Any]) -> Any:
         LookupError: a setting that it does not have.
         TypeError: a value of another kind than the annotated one.
     """
-    known, hints = inspect.signature(function).parameters, annotations(function)
-    title = function.__name__.removeprefix("_")
-    for name, value in settings.items():
-        if name not in known:
-            raise LookupError(unknown(name, known, f"setting of {title}"))
-        check(f"{title}: {name}", value, hints.get(name, known[name].annotation))
-    return function(**settings)
+    return bound(function, settings, function.__name__.removeprefix("_"))()
 
 
 def creatures(*, layer: str | None = None) -> "Classifier":
