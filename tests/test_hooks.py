@@ -1,4 +1,5 @@
 from collections import OrderedDict, namedtuple
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -113,7 +114,7 @@ def test_hooks_are_gone_after_an_error(repeated, trace, plain):
         capture(repeated, ["conv", "relu"]),
         cut(repeated, "conv"),
         edit(repeated, "conv", lambda a: a),
-        seen(repeated, torch.zeros(1, 7, 5, 6, dtype=torch.float64)),
+        seen(repeated, torch.zeros(1, 7, 5, 6, dtype=torch.float64), torch.clone),
     ):
         with pytest.raises(RuntimeError), look_inside:
             repeated(torch.zeros(1, 7, 5, 6, dtype=torch.float64))
@@ -122,21 +123,66 @@ def test_hooks_are_gone_after_an_error(repeated, trace, plain):
     assert changed() == []
 
 
-def test_what_a_network_gives_for_an_input_is_seen_unless_somebody_changes_the_pass(repeated, image):
-    repeated.requires_grad_(False)
-    with seen(repeated, image) as found:
-        repeated(image + 1)
-        repeated(image[:1])
-        with edit(repeated, "conv", torch.zeros_like):
+@contextmanager
+def heard(module):
+    handle = module.register_forward_pre_hook(lambda _, inputs: (inputs[0] * 2,))
+    yield
+    handle.remove()
+
+
+@contextmanager
+def training(module):
+    module.train()
+    yield
+    module.eval()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda net: edit(net, "conv", torch.zeros_like),
+        lambda net: heard(net.conv),
+        lambda net: training(net.relu),
+        lambda net: substituted({F.relu: lambda z, inplace=False: -z}),
+        lambda net: torch.autocast("cpu"),
+    ],
+    ids=["hook", "pre-hook", "training", "substituted", "autocast"],
+)
+def test_a_pass_that_somebody_changes_is_not_seen(repeated, image, change):
+    with seen(repeated.eval(), image, torch.clone) as found:
+        with change(repeated):
             repeated(image)
-        with substituted({F.relu: lambda z, inplace=False: -z}):
-            repeated(image)
-        repeated.float()(image.float())
         assert found == []
-        expected = repeated.double()(image.clone())
+        expected = repeated(image)
     assert torch.equal(found[0], expected)
+
+
+def test_what_a_network_gives_for_another_input_is_not_seen(repeated):
+    ones = torch.ones(2, 3, 5, 6, dtype=torch.float64)
+    with seen(repeated.eval(), ones, torch.clone) as found:
+        repeated(ones + 1)
+        repeated(ones[:1])
+        repeated.float()(ones.float())
+        assert found == []
+
+
+def test_the_first_pass_is_seen_as_it_was_without_its_graph(repeated, image):
+    with seen(repeated.eval(), image, lambda output: 2 * output) as found:
+        output = repeated(image)
+        kept = output.detach().clone()
+        output.detach().zero_()
+        repeated(image)
     repeated(image)
     assert len(found) == 1
+    assert torch.equal(found[0], 2 * kept)
+    assert not found[0].requires_grad
+
+
+def test_a_scripted_network_shows_nothing(repeated, image):
+    scripted = torch.jit.script(repeated.eval())
+    with seen(scripted, image, torch.clone) as found:
+        scripted(image)
+    assert found == []
 
 
 def test_differentiable_wins_over_the_caller():

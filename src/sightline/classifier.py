@@ -211,7 +211,7 @@ class Classifier:
 
             with frozen(self.model), edit(self.model, self.layer, put):
                 output = self.model(self.normalize(images))
-            return check_logits(read_logits(output), len(features), type(self.model).__name__)
+            return self.read(output, len(features))
 
         try:
             return run(x)
@@ -341,7 +341,7 @@ def tried(classifier: Classifier, x: Images) -> Logits:
         raise
     except (RuntimeError, AssertionError, IndexError, ValueError) as error:
         raise ValueError(f"{name} cannot run on {h} x {w} images: {error}; pass size=(height, width)") from error
-    return check_logits(read_logits(output), len(x), name)
+    return classifier.read(output, len(x))
 
 
 def called(model: nn.Module, layer: str | nn.Module) -> str:

@@ -122,17 +122,24 @@ def edit(model: nn.Module, layer: str, change: Callable[[Tensor], Tensor]) -> It
 
 
 @contextmanager
-def seen(model: nn.Module, x: Tensor) -> Iterator[list[Any]]:
-    """Collect what the network gives for this very input in passes that nobody changes.
+def seen(model: nn.Module, x: Tensor, read: Callable[[Any], Tensor]) -> Iterator[list[Tensor]]:
+    """Keep a copy of what is read of the network's first output for this very input in a pass that nobody changes.
 
-    Nobody does where no module inside has a hook and no other functions are called in torch's place.
+    Nobody does where no module is in training mode, none inside has a hook, and neither autocast nor other functions in
+    torch's place came after this began; other weights or another `forward` would not be noticed. A scripted network has
+    no hooks and shows nothing.
     """
-    found: list[Any] = []
+    found: list[Tensor] = []
+    if isinstance(model, torch.jit.ScriptModule):
+        yield found
+        return
+    precision = torch.is_autocast_enabled(x.device.type)
 
     def keep(_: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        free = not torch._C._is_torch_function_mode_enabled() and not hooked_inside(model)
-        if free and len(inputs) == 1 and isinstance(inputs[0], Tensor) and identical(inputs[0], x):
-            found.append(output)
+        asked = not found and len(inputs) == 1 and isinstance(inputs[0], Tensor)
+        free = not torch._C._is_torch_function_mode_enabled() and torch.is_autocast_enabled(x.device.type) is precision
+        if asked and free and untouched(model) and identical(inputs[0], x):
+            found.append(read(output).detach().clone())
 
     handle = model.register_forward_hook(keep)
     try:
@@ -146,10 +153,11 @@ def identical(a: Tensor, b: Tensor) -> bool:
     return (a.dtype, a.device) == (b.dtype, b.device) and torch.equal(a, b)
 
 
-def hooked_inside(model: nn.Module) -> bool:
-    """Tell whether there are hooks on modules inside a network."""
-    inside = (module for module in model.modules() if module is not model)
-    return any(module._forward_hooks or module._forward_pre_hooks for module in inside)
+def untouched(model: nn.Module) -> bool:
+    """Tell whether a network is in evaluation mode, and no module inside has a hook."""
+    inside = [module for module in model.modules() if module is not model]
+    hooked = any(module._forward_hooks or module._forward_pre_hooks for module in inside)
+    return not hooked and not any(module.training for module in (model, *inside))
 
 
 class Substituted(TorchFunctionMode):

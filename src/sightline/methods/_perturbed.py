@@ -99,11 +99,10 @@ def weighed(
     """
     if weight is None:
         return method(classifier, x, y), x.new_ones(len(x))
-    with seen(classifier.model, classifier.normalize(x)) as outputs:
+    with seen(classifier.model, classifier.normalize(x), lambda output: classifier.read(output, len(x))) as logits:
         maps = method(classifier, x, y)
     with torch.no_grad():
-        logits = classifier.read(outputs[0], len(x)).detach() if outputs else classifier(x)
-        w = weight(logits, y)
+        w = weight(logits[0] if logits else classifier(x), y)
     if bool((w < 0).any()):
         raise ValueError(f"expected weights >= 0, got {float(w.min()):.4g}; use 'sigmoid', 'probability' or None")
     return maps, w
