@@ -17,7 +17,7 @@ from sightline.maps import unit
 from sightline.memory import at_once
 from sightline.methods import METHODS
 from sightline.models import MiniResNet, MiniVGG, MiniViT
-from sightline.speed import Passing, Prepared, fast, folded, packable
+from sightline.speed import Passing, Prepared, fast, folded, packable, same
 
 SIDE = 32
 
@@ -451,6 +451,39 @@ def test_new_weights_are_noticed(made, seeded, images):
     expected = replace(quick, model=other)
     assert apart(quick(images), expected(images)) < 1e-5
     assert apart(quick.gradient(images, None), expected.gradient(images, None)) < 1e-4
+
+
+def test_weights_that_are_replaced_again_and_again_are_noticed(images):
+    quick = fast(
+        wrap(
+            nn.Sequential(nn.Conv2d(3, 16, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()),
+            layer="0",
+            normalization="none",
+            size=SIDE,
+        )
+    )
+    conv = quick.model[0]
+    for seed in range(12):
+        for some in (2 * seed, 2 * seed + 1):
+            conv.weight = nn.Parameter(torch.randn(16, 3, 3, 3, generator=torch.Generator().manual_seed(some)))
+        expected = nn.functional.conv2d(quick.normalize(images), conv.weight, conv.bias).mean((2, 3))
+        assert apart(quick(images), expected) < 1e-5, seed
+
+
+def test_a_new_eps_is_noticed(made, seeded, images):
+    plain, quick = (copy.deepcopy(one) for one in made("resnet"))
+    for one in (plain, quick):
+        one(images)
+        for norm in one.model.modules():
+            if isinstance(norm, nn.BatchNorm2d):
+                norm.eps = 0.1
+    assert apart(quick(images), plain(images)) < 1e-5
+
+
+def test_bfloat16_may_be_off_by_its_own_rounding_alone():
+    y = torch.linspace(-1, 1, 64)
+    assert same((y + 1e-6).bfloat16(), y.bfloat16())
+    assert not same((0.9 * y).bfloat16(), y.bfloat16())
 
 
 def test_a_network_moved_to_another_precision_follows(made, images):
