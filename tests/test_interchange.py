@@ -159,6 +159,15 @@ def test_a_folder_says_what_its_label_maps_mean(tmp_path):
             read_names(tmp_path)
 
 
+def test_label_maps_have_no_value_for_high_classes(tmp_path):
+    write_labels(tmp_path / "a.png", torch.tensor([[0, 254], [255, 254]]))
+    maps, size = stored(tmp_path, form="labels"), (2, 2)
+    assert maps.of(["a"], torch.tensor([253]), size).tolist() == [[[[0, 1], [0, 1]]]]
+    for label in (254, 255, 299):
+        with pytest.raises(ValueError, match=f"class {label} has no value"):
+            maps.of(["a"], torch.tensor([label]), size)
+
+
 @pytest.mark.parametrize("policy", ["direct", "crop", "crop256"])
 @pytest.mark.parametrize("source", [(20, 30), (30, 20), (7, 7)])
 def test_labels_go_where_the_picture_goes(policy, source):

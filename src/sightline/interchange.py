@@ -27,6 +27,7 @@ from torch.nn import functional as F
 
 from sightline import viz
 from sightline.classifier import Classifier, Method, UnsuitedError
+from sightline.data import check_mask
 from sightline.images import POLICIES, Size, plan
 from sightline.maps import resize as resampled
 from sightline.maps import scaled
@@ -342,20 +343,18 @@ class StoredMaps:
             FileNotFoundError: no map of an image.
             ValueError: a file that holds none, or none of the class.
         """
-        read = self.where if self.form == "labels" else self.map
-        maps = [read(name, label, size) for name, label in zip(ids, y.tolist(), strict=True)]
+        pairs = list(zip(ids, y.tolist(), strict=True))
+        if self.form == "labels":
+            shown = {name: self.labels(name, size) for name in dict.fromkeys(ids)}
+            return torch.stack([where(shown[name], label)[None] for name, label in pairs])
+        maps = [self.placed(self.read(name, label), size) for name, label in pairs]
         if len({one.shape for one in maps}) > 1:
             maps = [resampled(one, size) for one in maps]
         return torch.cat(maps)
 
-    def where(self, name: str, label: int, size: Size) -> Float[Tensor, "1 1 h w"]:
-        """Return 1 where the label map of an image shows a class, else 0, at the size of the images."""
-        labels = placed_labels(read_labels(self.file(name)), size, "direct" if self.resize == "input" else self.resize)
-        return (labels == label + 1).float()[None, None]
-
-    def map(self, name: str, label: int, size: Size) -> Float[Tensor, "1 1 _i _j"]:
-        """Return the map of one image for one class, where the image is."""
-        return self.placed(self.read(name, label), size)
+    def labels(self, name: str, size: Size) -> Int[Tensor, "h w"]:
+        """Return the label map of an image, at the size of the images."""
+        return placed_labels(read_labels(self.file(name)), size, "direct" if self.resize == "input" else self.resize)
 
     def read(self, name: str, label: int) -> Float[Tensor, "i j"]:
         """Read the map of one image for one class."""
@@ -392,6 +391,16 @@ class StoredMaps:
         return resampled(whole, enlarged)[:, :, top : top + size[0], left : left + size[1]]
 
 
+def where(labels: Int[Tensor, "h w"], label: int) -> Float[Tensor, "h w"]:
+    """Return 1 where a label map shows a class, else 0.
+
+    Raises:
+        ValueError: a class for which label maps have no value.
+    """
+    check_mask(label)
+    return (labels == label + 1).float()
+
+
 def stored(root: Path | str, *, form: Form = "auto", pickled: bool = False, resize: str = "input") -> StoredMaps:
     """Return the maps in a folder as a method that `measure` and the command line score like any other.
 
@@ -399,7 +408,7 @@ def stored(root: Path | str, *, form: Form = "auto", pickled: bool = False, resi
     its folders may be left out. WSOL and PNG have one map an image, whatever the class.
 
     Label maps are maps too: 1 where the class is, 0 elsewhere, also where labels are ignored; value v is class v - 1.
-    `segmentation?normalize=none&threshold=0.5` scores them as they are.
+    `segmentation?compete=all&normalize=none&threshold=0.5` scores them as they are, mistaken classes included.
 
     Args:
         root: the folder.
