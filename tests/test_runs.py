@@ -22,6 +22,7 @@ from sightline.runs import (
     describe,
     provenance,
     read_specs,
+    read_value,
     split,
     write_bytes,
     write_text,
@@ -310,3 +311,33 @@ def test_lists_of_models_and_methods_give_every_pair(tmp_path):
     path.write_text('model = []\ndata = "c"\nmethod = ["d", "e"]\nmetrics = ["f"]\n')
     with pytest.raises(ValueError, match="lists no model; expected at least one"):
         runs.read_specs(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("7", 7),
+        ("-7", -7),
+        ("007", "007"),
+        ("+7", "+7"),
+        ("1_0", "1_0"),
+        ("0.5", 0.5),
+        ("1e-3", 0.001),
+        ("true", True),
+        ("(7)", "7"),
+        ("(a)/(b)", "(a)/(b)"),
+        ("(a", "(a"),
+        ("((a)", "((a)"),
+        ("((a))", "(a)"),
+        ("a", "a"),
+    ],
+)
+def test_a_value_is_read_as_it_is_written(text, value):
+    found = read_value(text)
+    assert (found, type(found)) == (value, type(value))
+
+
+def test_odd_parentheses_are_letters():
+    assert Choice.parse("folder?root=/my(pics&resize=crop").settings == {"root": "/my(pics", "resize": "crop"}
+    assert Choice.parse("folder?root=a)b(c&resize=crop").settings == {"root": "a)b(c", "resize": "crop"}
+    assert Choice.parse('x?b=["("]&c=1').settings == {"b": ["("], "c": 1}

@@ -135,6 +135,9 @@ def test_a_setting_that_left_its_choice_is_told_how_to_go_back():
     with pytest.raises(LookupError) as caught:
         bind(segmentation, asked.settings)
     assert str(caught.value).endswith("; if it belongs to smooth, write resolve=(smooth?size=3&sigma=0.6)")
+    asked = Choice.parse("segmentation?resolve=superpixel?scale=3&renormalize=true")
+    with pytest.raises(LookupError, match=r"write resolve=\(superpixel\?scale=3&renormalize=true\)"):
+        bind(segmentation, asked.settings)
     bound = Choice.parse("segmentation?resolve=(smooth?size=3&sigma=0.6)").settings
     assert bind(segmentation, bound)
 

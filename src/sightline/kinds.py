@@ -82,8 +82,9 @@ def parted(name: str, settings: Mapping[str, Any]) -> str:
     nested = [(host, value) for host, value in settings.items() if isinstance(value, str) and "?" in value]
     if not nested:
         return ""
-    host, value = nested[-1]
-    return f"; if it belongs to {value.partition('?')[0]}, write {host}=({value}&{name}={settings[name]})"
+    (host, value), said = nested[-1], settings[name]
+    said = str(said).lower() if isinstance(said, bool) else said
+    return f"; if it belongs to {value.partition('?')[0]}, write {host}=({value}&{name}={said})"
 
 
 def meant(value: Any, hint: Any) -> Any:

@@ -8,6 +8,7 @@ import platform
 import tempfile
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -74,33 +75,40 @@ class Choice:
 
 
 def split(text: str, mark: str, most: int = -1) -> list[str]:
-    """Split a text, at most so many times, at the marks that stand in no parentheses."""
-    depths = list(accumulate((letter == "(") - (letter == ")") for letter in text))
-    places = [i for i, letter in enumerate(text) if letter == mark and depths[i] == 0]
+    """Split a text, at most so many times, at the marks that stand in no parentheses; odd ones are letters."""
+    depths = depths_of(text)
+    odd = min(depths, default=0) < 0 or depths[-1:] not in ([], [0])
+    places = [i for i, letter in enumerate(text) if letter == mark and (odd or depths[i] == 0)]
     ends = [*places[: len(places) if most < 0 else most], len(text)]
     return [text[start:end] for start, end in zip([0, *(end + 1 for end in ends)], ends, strict=False)]
 
 
+def depths_of(text: str) -> list[int]:
+    """Return in how many parentheses each letter stands, an opening one included and a closing one not."""
+    return list(accumulate((letter == "(") - (letter == ")") for letter in text))
+
+
 def read_value(text: str) -> Any:
     """Read an integer, a float, true or false, a list or a table as TOML writes it, else text, in parentheses or not.
+
+    What TOML would not write as an integer (007, +7, 1_0) is text.
 
     Raises:
         ValueError: a list or a table that TOML cannot read.
     """
     if text in ("true", "false"):
         return text == "true"
-    if text[:1] == "(" and text[-1] == ")":
+    if text[:1] == "(" and text[-1] == ")" and depths_of(text).count(0) == 1:
         return text[1:-1]
     if text[:1] in ("[", "{"):
         try:
             return tomllib.loads(f"value = {text}")["value"]
         except tomllib.TOMLDecodeError as error:
             raise ValueError(f"cannot read {text!r}: {error}; write [1, 2] or {{3 = [1, 2]}}") from error
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
+    with suppress(ValueError):
+        return int(text) if str(int(text)) == text else text
+    with suppress(ValueError):
+        return float(text)
     return text
 
 
