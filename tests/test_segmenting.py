@@ -23,7 +23,7 @@ from sightline import models, segmenting, viz
 from sightline.backgrounds import resolve_of
 from sightline.datasets import DATASETS
 from sightline.explainers._segmenter_training import Pseudo
-from sightline.interchange import read_irn, read_labels, read_names, stored
+from sightline.interchange import read_irn, read_labels, read_names, stored, write_labels
 from sightline.learning import learn
 from sightline.methods import cam, grad_cam
 from sightline.protocols import segmentation
@@ -178,6 +178,24 @@ def test_label_maps_are_scored_like_any_map(whole, scenes, classifier):
         assert found[name].value == expected[name].value, name
 
 
+def test_label_maps_are_scored_with_their_mistakes(whole, scenes, classifier, tmp_path):
+    hits, union, painted = torch.zeros(21), torch.zeros(21), set()
+    for sample in (scenes[i] for i in range(7)):
+        labels = read_labels(whole[0] / "labels" / f"{sample.id}.png")
+        absent = next(value for value in range(1, 21) if not (sample.mask == value).any())
+        labels[: labels.shape[0] // 3] = absent
+        painted.add(absent)
+        write_labels(tmp_path / f"{sample.id}.png", labels)
+        for value in range(21):
+            a, b = labels == value, sample.mask == value
+            hits[value] += (a & b).sum()
+            union[value] += (a | b).sum()
+    maps = stored(tmp_path, form="labels")
+    found = segmentation(maps, classifier, scenes, compete="all", normalize="none", threshold=0.5)
+    assert painted
+    assert found["miou"].value == pytest.approx(100 * (hits / union)[union > 0].mean().item(), abs=1e-4)
+
+
 def test_three_processes_write_the_bytes_of_one(whole, tmp_path, monkeypatch):
     out = tmp_path / "out"
     returned = [part(monkeypatch, rank, 3, TINY, out) for rank in (2, 0, 1)]
@@ -294,6 +312,13 @@ def test_a_folder_belongs_to_one_segmenting(whole, change, told):
     assert told in str(error.value)
     assert str(error.value).endswith("delete it, or take another --out")
     assert contents(whole[0]) == before
+
+
+def test_a_broken_claim_is_told(whole, tmp_path):
+    out = shutil.copytree(whole[0], tmp_path / "out")
+    (out / "segment.json").write_text('{"model": ')
+    with pytest.raises(ValueError, match=r"segment\.json is broken \(.*delete its folder"):
+        segment(TINY, out)
 
 
 def test_a_folder_of_before_there_were_names_gets_them(whole, tmp_path):

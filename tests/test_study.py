@@ -120,6 +120,59 @@ def test_a_step_without_what_it_needs_is_told(tmp_path):
         study(tmp_path, '[[segment]]\nmodel = "creatures"\n')
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "told"),
+    [
+        ('"CASM" =', '"CASM++" = { method = "cam" }\n"CASM" =', "the rows 'CASM++' and 'CASM' would lie in one place"),
+        ('name = "last"', 'name = "first+"', "the steps 'first+' and 'first' would lie in one place, 'first'"),
+        ('"areas"', '"areas"\nvalues = 3', "expected values = [...] of 'areas', got 3"),
+        ('kind = "casm"', 'kind = "casm"\nvalues = 3', "expected values = [...] of 'last', got 3"),
+        ("[[evaluate]]", "[evaluate]", "study.toml: [[evaluate]], got {'name': 'areas'"),
+        ("seeds = [0, 1]", "seeds = 3", "study.toml: seeds = [0, 1], got 3"),
+    ],
+)
+def test_what_is_no_study_is_told(tmp_path, old, new, told):
+    (tmp_path / "study.toml").write_text((HEAD + CHAIN).replace(old, new).replace("{last}", "{first}"))
+    with pytest.raises((TypeError, ValueError)) as caught:
+        Study.read(tmp_path / "study.toml")
+    assert told in str(caught.value)
+
+
+LABELS = """
+[[segment]]
+name = "labels"
+model = "creatures"
+data = "creatures?variant=scenes&count=8"
+method = "cam"
+
+[[evaluate]]
+name = "areas"
+model = "creatures"
+data = "creatures?variant=scenes&count=8"
+metrics = ["area"]
+[evaluate.rows]
+"label maps" = { method = "maps?root={labels}/labels&form=labels" }
+"""
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ('method = "camm"', "no method called 'camm'; did you mean cam"),
+        ('method = "cam"\nclasses = "al"', "no choice of classes called 'al'"),
+        ('method = "cam"\nresolve = "smooth?sgma=1"', "smooth: no setting called 'sgma'; did you mean sigma"),
+    ],
+)
+def test_how_labels_are_made_is_checked_before_any_work(tmp_path, line, told):
+    with pytest.raises((LookupError, ValueError)) as caught:
+        study(tmp_path, LABELS.replace('method = "cam"', line, 1))
+    assert told in str(caught.value)
+
+
+def test_a_study_scores_the_labels_that_it_writes(tmp_path):
+    assert [one.name for one in study(tmp_path, LABELS).steps] == ["labels"]
+
+
 def test_labels_are_written_before_what_learns_from_them(tmp_path):
     text = """
 [[train]]
@@ -181,9 +234,16 @@ def test_equal_means_are_equally_good_and_rounding_is_no_deviation():
     pairs = (79.42, 79.42 + 2e-14), (1.0, 3.0)
     rows = [numbers([run({"a": first}), run({"a": second})])["a"] for first, second in pairs]
     assert [shown(one, None)[0] for one in rows] == ["79.42 ± 0", "2 ± 1.4"]
-    twins = [numbers([run({"a": value})])["a"] for value in (2.0, 2.0, 1.0)]
+    twins = [numbers([run({"a": value})])["a"] for value in (79.42, 79.42 + 2e-14, 1.0)]
     best = winner([replace(one, higher_is_better=True) for one in twins])
     assert [shown(one, best)[1] for one in twins] == [True, True, False]
+    assert [shown(one, twins[0])[1] for one in twins] == [True, True, False]
+
+
+def test_an_infinite_number_has_no_deviation():
+    found = numbers([run({"a": math.inf}), run({"a": 1.0})])["a"]
+    assert (found.mean, found.deviation) == (math.inf, None)
+    assert shown(found, None)[0] == "inf"
 
 
 def test_tables_tell_how_many_seeds_count(tmp_path):

@@ -111,6 +111,7 @@ def named(spec: Spec) -> tuple[Method, Judges]:
     Raises:
         LookupError, TypeError, ValueError: an unknown name, a setting that does not fit, one that a protocol needs and
             lacks, or a metric listed twice.
+        FileNotFoundError: last of all, a folder of maps that is not there.
     """
     check_explain(spec.explain)
     if not spec.metrics:
@@ -119,10 +120,9 @@ def named(spec: Spec) -> tuple[Method, Judges]:
     if twice := [name for name in listed if listed.count(name) > 1]:
         raise ValueError(f"the metric {twice[0]} is listed twice")
     find(spec.data.name, DATASETS, "datasets")
-    method = chosen_method(spec)
     protocols = {str(c): protocol_of(c, spec.seed) for c in spec.metrics if c.name in PROTOCOLS}
     metrics = {str(c): metric_of(c, spec.seed) for c in spec.metrics if c.name not in PROTOCOLS}
-    return method, Judges(metrics, protocols)
+    return chosen_method(spec), Judges(metrics, protocols)
 
 
 def chosen_method(spec: Spec) -> Method:

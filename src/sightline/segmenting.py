@@ -39,10 +39,9 @@ from sightline.images import ImageError, fit
 from sightline.interchange import MEANING, Cams, read_labels, write_irn, write_labels
 from sightline.kinds import entries
 from sightline.maps import by_maximum, degenerate, resize
-from sightline.methods._per_class import one_pass
 from sightline.metrics import finite
 from sightline.models._files import checksums
-from sightline.protocols._segmentation import NORMALIZERS, enlarged, paired
+from sightline.protocols._segmentation import NORMALIZERS, enlarged, raw_maps
 from sightline.registry import chosen, unknown
 from sightline.running import Channeled, chosen_method, labeled, reader_of
 from sightline.runs import (
@@ -326,9 +325,7 @@ def opened(spec: Segmenting, folder: Path) -> Work:
     Raises:
         LookupError, TypeError, ValueError, OSError: see `segment`.
     """
-    method = chosen_method(Spec(spec.model, spec.data, spec.method, (), seed=spec.seed))
-    compete: Compete = bind(chosen(spec.classes.name, COMPETE, "choice of classes"), spec.classes.settings)
-    resolve = resolve_of(spec.resolve.plain(), divided=spec.normalize != "none")
+    method, compete, resolve = parts(spec)
     classifier = models.load(spec.model)
     classifier = classifier if spec.layer is None else classifier.at(spec.layer)
     classifier.model.to(device())
@@ -357,6 +354,17 @@ def opened(spec: Segmenting, folder: Path) -> Work:
         "versions": provenance()["versions"],
     }
     return Work(spec, folder, classifier, dataset, samples, method, compete, resolve, count, classes, recorded)
+
+
+def parts(spec: Segmenting) -> tuple[Method, Compete, Resolve]:
+    """Return the method, the classes that compete and the background resolve: what is known before any work.
+
+    Raises:
+        LookupError, TypeError, ValueError, OSError: an unknown name, or a setting that does not fit.
+    """
+    method = chosen_method(Spec(spec.model, spec.data, spec.method, (), seed=spec.seed))
+    compete: Compete = bind(chosen(spec.classes.name, COMPETE, "choice of classes"), spec.classes.settings)
+    return method, compete, resolve_of(spec.resolve.plain(), divided=spec.normalize != "none")
 
 
 def blank(classifier: Classifier) -> Float[Tensor, "1 ch h w"]:
@@ -512,17 +520,30 @@ def claim(work: Work) -> None:
         ValueError: it belongs to another segmenting.
     """
     text, path = json.dumps(work.recorded, indent=1, sort_keys=True, default=list) + "\n", work.folder / CLAIM
-    new = json.loads(text)
+    new: dict[str, Any] = json.loads(text)
     begun = path.exists() and any((work.folder / name).exists() for name in (LABELS, DONE))
-    old = json.loads(path.read_text(encoding="utf-8")) if begun else new
+    old: dict[str, Any] = read_claim(path) if begun else new
     if "names" not in old:
-        old |= {"names": new["names"], "irn": {True: "npz", False: None}.get(old.get("irn"))}
+        old |= {"names": new["names"], "irn": {True: "npz", False: None}.get(old.get("irn", False))}
     if found := dict(differences(old, new)):
         asked = {name: said for name, said in found.items() if not name.startswith("arguments.")} or found
         told = "; ".join(f"{name} {said}" for name, said in asked.items())
         raise ValueError(f"{work.folder} belongs to another segmenting: {told}; delete it, or take another --out")
     if not path.exists() or path.read_text(encoding="utf-8") != text:
         write_text(path, text)
+
+
+def read_claim(path: Path) -> dict[str, Any]:
+    """Read what a folder belongs to.
+
+    Raises:
+        ValueError: the file is broken.
+    """
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is broken ({error}); delete its folder, or take another --out") from error
+    return found
 
 
 def differences(old: Any, new: Any, name: str = "") -> Iterator[tuple[str, str]]:
@@ -633,11 +654,7 @@ def explained(work: Work, batch: Batch) -> tuple[Sequence[tuple[int, ...]], Sequ
     """Return the classes that compete in each image, and their raw maps on the CPU."""
     part = checked_batch(batch, work.classifier)
     classes = work.compete(work.classifier, part, work.classes)
-    maps, together = Maps(work.method, room=0), one_pass(work.method)
-    if together is not None and any(classes):
-        made = iter([maps.together(work.classifier, part, classes, together)])
-    else:
-        made = paired(maps, work.classifier, part, classes, work.spec.batch)
+    made = raw_maps(Maps(work.method, room=0), work.classifier, part, classes, work.spec.batch)
     each = (one[None] for several in made for one in several.detach().cpu())
     found = [[*islice(each, len(labels))] for labels in classes]
     synchronize(part.x)

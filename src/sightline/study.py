@@ -31,6 +31,7 @@ import math
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean, stdev
@@ -44,7 +45,7 @@ from sightline.recipes import Recipe
 from sightline.registry import find, unknown
 from sightline.running import finished, named, run
 from sightline.runs import Choice, Run, Score, Spec, file_name, read_toml, strict, write_bytes, write_text
-from sightline.segmenting import MANIFEST, Segmenting, segment
+from sightline.segmenting import MANIFEST, Segmenting, parts, segment
 from sightline.training import Progress
 from sightline.viz import Curve, curves, png
 
@@ -52,7 +53,7 @@ TRAINING, SEGMENT = "train", "segment"
 """The arrays of steps in a file, and the folders of what they make."""
 
 ROUNDING = 1e-9
-"""A deviation below this share of its mean is rounding."""
+"""A deviation, or a difference of means, below this share of the mean is rounding."""
 
 Told = Callable[[str, int, int, str], None]
 """Told what is at work, how much of how much is done, and a note."""
@@ -128,15 +129,19 @@ class Study:
         for name in table:
             if name not in known:
                 raise LookupError(unknown(name, known, "entry of a study"))
-        steps = [step(one, TRAINING) for each in table.get(TRAINING, ()) for one in expanded(each)]
-        steps += [step(one, SEGMENT) for each in table.get(SEGMENT, ()) for one in expanded(each)]
-        evaluations = tuple(evaluation(one) for one in table.get("evaluate", ()))
+        arrays = {name: listed(table.get(name, []), f"{path}: [[{name}]]", Mapping) for name in known[2:]}
+        steps = [step(one, name) for name in (TRAINING, SEGMENT) for each in arrays[name] for one in expanded(each)]
+        evaluations = tuple(evaluation(one) for one in arrays["evaluate"])
         names = [*(one.name for one in steps), *(one.name for one in evaluations)]
         if "seed" in names:
             raise ValueError(f"{path} calls a step or an evaluation 'seed', which stands for the seed; rename it")
         if twice := [name for name in names if names.count(name) > 1]:
             raise ValueError(f"{path} has {twice[0]!r} twice; give steps and evaluations names of their own")
-        seeds = tuple(table.get("seeds", (0,)))
+        apart((one.name for one in steps), f"{path}: the steps")
+        apart((one.name for one in evaluations), f"{path}: the evaluations")
+        for one in evaluations:
+            apart(one.rows, f"{path}: the rows")
+        seeds = tuple(listed(table.get("seeds", [0]), f"{path}: seeds = [0, 1]"))
         if not seeds or not names or not all(type(seed) is int for seed in seeds) or len({*seeds}) < len(seeds):
             raise ValueError(f"{path} needs different whole numbers as seeds and one or more [[train]] or [[evaluate]]")
         study = cls(str(table.get("title", Path(path).stem)), seeds, ordered(steps), evaluations)
@@ -152,13 +157,41 @@ class Study:
         places = {"seed": str(self.seeds[0])}
         for one in self.steps:
             if one.kind == SEGMENT:
-                Segmenting.of(filled(one.table, places))
+                asked = Segmenting.of(filled(one.table, places))
+                with suppress(FileNotFoundError):
+                    parts(asked)
             else:
                 configured(one.kind, recipe_of(one, places))
             places[one.name] = str(one.target(Path(), self.seeds[0]))
         for evaluation in self.evaluations:
             for row in evaluation.rows.values():
-                named(Spec.of(filled(row, places)))
+                asked_for = Spec.of(filled(row, places))
+                with suppress(FileNotFoundError):
+                    named(asked_for)
+
+
+def listed(value: Any, what: str, kind: Any = object) -> list[Any]:
+    """Return a list as it is.
+
+    Raises:
+        TypeError: it is none, or an item is of another kind.
+    """
+    if not isinstance(value, list) or not all(isinstance(item, kind) for item in value):
+        raise TypeError(f"expected {what}, got {value!r}")
+    return value
+
+
+def apart(names: Iterable[str], what: str) -> None:
+    """Check that names are different as names of files.
+
+    Raises:
+        ValueError: two are not.
+    """
+    found: dict[str, str] = {}
+    for name in names:
+        other = found.setdefault(file_name(name), name)
+        if other != name:
+            raise ValueError(f"{what} {other!r} and {name!r} would lie in one place, {file_name(name)!r}; rename one")
 
 
 def step(table: Mapping[str, Any], array: str) -> Step:
@@ -179,7 +212,9 @@ def step(table: Mapping[str, Any], array: str) -> Step:
 def expanded(table: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return a table for each of its values, `{value}` filled in; the table itself where it has none."""
     rest = {key: value for key, value in table.items() if key != "values"}
-    return [valued(rest, value) for value in table["values"]] if "values" in table else [rest]
+    if "values" not in table:
+        return [rest]
+    return [valued(rest, value) for value in listed(table["values"], f"values = [...] of {table.get('name')!r}")]
 
 
 def valued(thing: Any, value: Any) -> Any:
@@ -237,7 +272,7 @@ def evaluation(table: Mapping[str, Any]) -> Evaluation:
     shown = tuple(table.get("shown", ()))
     if "values" not in table:
         return Evaluation(table["name"], full, shown)
-    values, axis = table["values"], str(table.get("axis", "value"))
+    values, axis = listed(table["values"], f"values = [...] of {table['name']!r}"), str(table.get("axis", "value"))
     if not values or not all(isinstance(value, int | float) for value in values):
         raise ValueError(f"an [[evaluate]] is drawn over numbers, got values = {values!r}")
     label = {(row, value): f"{row}, {axis} {value}" for row in full for value in values}
@@ -322,6 +357,7 @@ def taken(one: Step, places: Mapping[str, str], target: Path, tell: Told) -> Non
         asked = Segmenting.of(filled(one.table, places))
         segment(asked, target, report=lambda done, count, note: tell(what, done, count, note))
         while not (target / MANIFEST).exists():
+            tell(what, 1, 1, "waits for other processes")
             time.sleep(1)
         return
     recipe = recipe_of(one, places)
@@ -381,8 +417,8 @@ def number(column: Sequence[Score]) -> Number:
     """Return mean and deviation of one metric over the seeds that count."""
     values = tuple(score.value for score in column)
     known = counted(values)
-    mean, deviation = fmean(known) if known else math.nan, stdev(known) if len(known) > 1 else None
-    return Number(mean, deviation, column[0].higher_is_better, values)
+    mean, spread = fmean(known) if known else math.nan, len(known) > 1 and all(map(math.isfinite, known))
+    return Number(mean, stdev(known) if spread else None, column[0].higher_is_better, values)
 
 
 def counted(values: Iterable[float]) -> list[float]:
@@ -456,7 +492,7 @@ def winner(column: Sequence[Number]) -> Number | None:
 def shown(number: Number | None, best: Number | None) -> tuple[str, bool]:
     """Write mean ± deviation, of how many seeds unless of all, nothing where there is no number; tell the best.
 
-    Equal means are equally good, and a deviation that is the rounding of equal values is 0.
+    Means that are equal but for rounding are equally good, and a deviation that is rounding is 0.
     """
     if number is None:
         return "", False
@@ -464,7 +500,7 @@ def shown(number: Number | None, best: Number | None) -> tuple[str, bool]:
     if number.deviation is not None:
         text += f" ± {number.deviation if number.deviation > ROUNDING * abs(number.mean) else 0:.2g}"
     some = 0 < number.count < len(number.values)
-    equal = best is not None and number.mean == best.mean
+    equal = best is not None and math.isclose(number.mean, best.mean, rel_tol=ROUNDING)
     return f"{text} ({number.count} of {len(number.values)} seeds)" if some else text, equal
 
 

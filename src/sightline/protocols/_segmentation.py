@@ -49,6 +49,7 @@ def segmentation(
     method: Method,
     classifier: Classifier,
     samples: Indexed[Sample],
+    /,
     *,
     thresholds: Sequence[float] = THRESHOLDS,
     threshold: float | None = None,
@@ -199,18 +200,20 @@ def explained(
     They are made `chunk` at a time, or all classes of each image at once by a method that can.
     """
     size = (part.x.shape[2], part.x.shape[3])
-    raw, together = paired(maps, classifier, part, classes, chunk), one_pass(maps.method)
-    if together is not None and any(classes):
-        raw = iter(torch.split(maps.together(classifier, part, classes, together), chunk))
     found = [part.x.new_empty((0, *size), dtype=torch.float64)]
-    found += [enlarged(finite(some).double(), size)[:, 0] for some in raw]
+    for raw in raw_maps(maps, classifier, part, classes, chunk):
+        found.append(enlarged(finite(raw).double(), size)[:, 0])
     return torch.split(torch.cat(found), [len(labels) for labels in classes])
 
 
-def paired(
+def raw_maps(
     maps: Maps, classifier: Classifier, part: Batch, classes: Sequence[Sequence[int]], chunk: int
 ) -> Iterator[Saliency]:
-    """Yield the maps of every image and class, `chunk` at a time."""
+    """Yield the maps of every image and class, `chunk` at a time; of all classes at once by a method that can."""
+    together = one_pass(maps.method)
+    if together is not None and any(classes):
+        yield from torch.split(maps.together(classifier, part, classes, together), chunk)
+        return
     pairs = [(i, label) for i, labels in enumerate(classes) for label in labels]
     for start in range(0, len(pairs), chunk):
         places, labels = zip(*pairs[start : start + chunk], strict=True)
