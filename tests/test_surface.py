@@ -156,24 +156,25 @@ METRICS = {
 }
 
 PROTOCOLS = {
-    "multi_classifier_accuracy": "(method, classifier, samples, *, classifiers, mask='map', rule='matched_area', "
+    "multi_classifier_accuracy": "(method, classifier, samples, /, *, classifiers, mask='map', rule='matched_area', "
     "normalize=True, erase='black', radius=3.0, seed=0, batch=16)",
-    "weak_localization": "(method, classifier, samples, *, held_out, iou=0.5, inclusive=True, batch=16)",
-    "cue_localization": "(method, classifier, samples, *, masks='auto', pairs=None, distances=(1, 2, 3), limit=None, "
-    "mapping='substring', segmentation=True, normalize='max', rescale='none', blur=0.0, bins=0, spacing='linear', "
-    "drop_below=0.0, reset=True, batch=16)",
-    "superset_depth": "(method, classifier, samples, *, hierarchy, nodes=None, "
+    "weak_localization": "(method, classifier, samples, /, *, held_out, iou=0.5, inclusive=True, batch=16)",
+    "cue_localization": "(method, classifier, samples, /, *, masks='auto', pairs=None, distances=(1, 2, 3), "
+    "limit=None, mapping='substring', segmentation=True, normalize='max', rescale='none', blur=0.0, bins=0, "
+    "spacing='linear', drop_below=0.0, reset=True, batch=16)",
+    "superset_depth": "(method, classifier, samples, /, *, hierarchy, nodes=None, "
     "measure='max_box_accuracy_v2', normalize='none', batch=16)",
-    "part_ratio": "(method, classifier, samples, *, numerator, denominator, names=None, groups=None, window=5, "
+    "part_ratio": "(method, classifier, samples, /, *, numerator, denominator, names=None, groups=None, window=5, "
     "least=11, of='saliency', as_mask=False, batch=16)",
-    "randomization": "(method, classifier, samples, *, mode='cascading', stages=5, scored='label', seed=0, batch=16)",
-    "label_permutation": "(method, classifier, samples, *, permuted, scored='label', batch=16)",
-    "segmentation": "(method, classifier, samples, *, thresholds=(0.01, 0.02, 0.03, 0.04, 0.05, 0.06, 0.07, 0.08, "
+    "randomization": "(method, classifier, samples, /, *, mode='cascading', stages=5, scored='label', seed=0, "
+    "batch=16)",
+    "label_permutation": "(method, classifier, samples, /, *, permuted, scored='label', batch=16)",
+    "segmentation": "(method, classifier, samples, /, *, thresholds=(0.01, 0.02, 0.03, 0.04, 0.05, 0.06, 0.07, 0.08, "
     "0.09, 0.1, 0.11, 0.12, 0.13, 0.14, 0.15, 0.16, 0.17, 0.18, 0.19, 0.2, 0.21, 0.22, 0.23, 0.24, 0.25, 0.26, "
     "0.27, 0.28, 0.29, 0.3, 0.31, 0.32, 0.33, 0.34, 0.35, 0.36, 0.37, 0.38, 0.39, 0.4, 0.41, 0.42, 0.43, 0.44, "
     "0.45, 0.46, 0.47, 0.48, 0.49, 0.5), threshold=None, normalize='max', resolve='basic', compete='present', "
     "regions='cam', by=None, reference=None, tau_cam=0.25, tau_sm=0.15, batch=16)",
-    "discriminative_truth": "(method, classifier, samples, *, tau_cam=0.25, batch=16)",
+    "discriminative_truth": "(method, classifier, samples, /, *, tau_cam=0.25, batch=16)",
 }
 
 DATASETS = {
@@ -230,7 +231,7 @@ FUNCTIONS = {
         "cut": "(model, layer)",
         "edit": "(model, layer, change)",
         "submodule": "(model, name)",
-        "seen": "(model, x)",
+        "seen": "(model, x, read)",
         "substituted": "(substitutes)",
     },
     "maps": {

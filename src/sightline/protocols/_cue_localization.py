@@ -52,6 +52,7 @@ def cue_localization(
     method: Method,
     classifier: Classifier,
     samples: Indexed[Sample],
+    /,
     *,
     masks: Masks = "auto",
     pairs: Sequence[Sequence[int]] | None = None,

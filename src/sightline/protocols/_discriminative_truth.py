@@ -21,7 +21,7 @@ DIRECTIONS = {"precision": True, "recall": True, "iou": True, "base": None}
 
 
 def discriminative_truth(
-    method: Method, classifier: Classifier, samples: Indexed[Sample], *, tau_cam: float = 0.25, batch: int = 16
+    method: Method, classifier: Classifier, samples: Indexed[Sample], /, *, tau_cam: float = 0.25, batch: int = 16
 ) -> dict[str, Score]:
     """Measure how well the discriminative region that a map defines is the true one; percent, higher is better.
 

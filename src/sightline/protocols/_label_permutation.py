@@ -18,6 +18,7 @@ def label_permutation(
     method: Method,
     classifier: Classifier,
     samples: Indexed[Sample],
+    /,
     *,
     permuted: Classifier,
     scored: Scored = "label",

@@ -36,6 +36,7 @@ def multi_classifier_accuracy(
     method: Method,
     classifier: Classifier,
     samples: Indexed[Sample],
+    /,
     *,
     classifiers: Sequence[Classifier],
     mask: Mask = "map",

@@ -29,6 +29,7 @@ def part_ratio(
     method: Method,
     classifier: Classifier,
     samples: Indexed[Sample],
+    /,
     *,
     numerator: Sequence[str],
     denominator: Sequence[str],

@@ -32,6 +32,7 @@ def randomization(
     method: Method,
     classifier: Classifier,
     samples: Indexed[Sample],
+    /,
     *,
     mode: Mode = "cascading",
     stages: int | Sequence[str | Sequence[str]] = 5,

@@ -40,6 +40,7 @@ def superset_depth(
     method: Method,
     classifier: Classifier,
     samples: Indexed[Sample],
+    /,
     *,
     hierarchy: Hierarchy | Mapping[Any, str | Sequence[str]] | str,
     nodes: Sequence[str] | None = None,

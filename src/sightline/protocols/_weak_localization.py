@@ -33,6 +33,7 @@ def weak_localization(
     method: Method,
     classifier: Classifier,
     samples: Indexed[Sample],
+    /,
     *,
     held_out: Indexed[Sample],
     iou: float = 0.5,
