@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from sightline import models
-from sightline.classifier import Method, logit, probability, sigmoid, wrap
+from sightline.classifier import Method, UnsuitedError, logit, probability, sigmoid, wrap
 from sightline.datasets import DATASETS
 from sightline.hooks import edit, substituted
 from sightline.maps import unit
@@ -514,6 +514,16 @@ def test_a_network_of_one_size_takes_one_scale_only(seeded):
     with pytest.raises(ValueError, match=r"Fixed cannot be explained on 4 x 4 images \(scale 0.5\).*scales=\(1.0,\)"):
         flip_and_scale(gradient)(classifier, x)
     assert flip_and_scale(gradient, scales=(1.0,))(classifier, x).isfinite().all()
+
+
+def test_a_method_that_does_not_suit_says_so_at_any_scale(seeded):
+    def picky(classifier, x, y=None, /):
+        raise UnsuitedError("no attention here")
+
+    x = torch.rand(2, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    classifier = wrap(seeded(Fixed), layer="body", normalization="none", size=8)
+    with pytest.raises(UnsuitedError, match=r"^no attention here$"):
+        flip_and_scale(picky, scales=(0.5, 1.0))(classifier, x)
 
 
 # Several classes

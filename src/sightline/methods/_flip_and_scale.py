@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sightline.classifier import Classifier, Method, PerClass
+from sightline.classifier import Classifier, Method, PerClass, UnsuitedError
 from sightline.maps import Mode, resize
 from sightline.methods._mean import larger
 from sightline.methods._perturbed import Chosen, called, check_counts, complete, maps_of
@@ -104,11 +104,14 @@ def explained(
     """Return the maps of the copy, and those of its mirror image mirrored back.
 
     Raises:
-        ValueError: the network cannot run on images of the copy's size.
+        UnsuitedError: the network does not offer what the method needs.
+        ValueError: it cannot run on images of the copy's size.
     """
     copies = [copy, copy.flip(3)] if flip else [copy]
     try:
         maps = list(maps_of(method, classifier, classes, copies, chunk))
+    except UnsuitedError:
+        raise
     except (RuntimeError, AssertionError, IndexError, ValueError) as error:
         if scale == 1:
             raise
