@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from sightline.runs import Choice, Run, Score, Scores, Spec
-from sightline.study import Study, curve, numbers, ordered, panels, record, shown, step, titles, winner
+from sightline.study import Study, conduct, curve, numbers, ordered, panels, record, shown, step, titles, winner
 
 HEAD = "seeds = [0, 1]\n"
 
@@ -138,6 +138,16 @@ def test_what_is_no_study_is_told(tmp_path, old, new, told):
     assert told in str(caught.value)
 
 
+SCORED = """
+[[evaluate]]
+name = "areas"
+model = "creatures"
+data = "creatures?count=4"
+metrics = ["area"]
+[evaluate.rows]
+"CAM" = { method = "cam" }
+"""
+
 LABELS = """
 [[segment]]
 name = "labels"
@@ -196,6 +206,21 @@ kind = "classifier"
     assert [one.name for one in read.steps] == ["net", "labels", "seg"]
     assert read.steps[1].target(tmp_path, 1) == tmp_path / "segment" / "labels" / "seed-1"
     assert read.steps[2].target(tmp_path, 1) == tmp_path / "train" / "seg" / "seed-1" / "segmenter.safetensors"
+
+
+def test_what_another_process_finishes_meanwhile_counts(tmp_path, monkeypatch):
+    read, files, asked = study(tmp_path, SCORED), {}, []
+    theirs, ours = run({"area": 1.0}), run({"area": 2.0})
+
+    def evaluated(spec, path, label, tell):
+        asked.append(path.stem)
+        files[path.with_name("seed-0.json")] = theirs
+        return ours
+
+    monkeypatch.setattr("sightline.study.evaluated", evaluated)
+    monkeypatch.setattr("sightline.study.finished", lambda spec, path: files.get(path))
+    assert conduct(read, tmp_path, seeds=[1]) == {"areas": {"CAM": [theirs, ours]}}
+    assert asked == ["seed-1"]
 
 
 def test_numbers_are_means_and_deviations_over_the_seeds():

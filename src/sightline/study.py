@@ -310,8 +310,8 @@ def conduct(
     """Train and evaluate all that is not finished in `out`; return the runs by evaluation and row, one a seed.
 
     Weights lie in OUT/train/NAME/seed-N, labels in OUT/segment/NAME/seed-N, runs in
-    OUT/runs/EVALUATION/ROW/seed-N.json. `seeds` are those to do now; runs of the others that are finished are returned,
-    too. A run counts as finished if the specification and the weights that it names are the same.
+    OUT/runs/EVALUATION/ROW/seed-N.json. `seeds` are those to do now; runs of the others that are finished by then are
+    returned, too. A run counts as finished if the specification and the weights that it names are the same.
 
     Raises:
         ValueError: seeds that the study does not have.
@@ -320,28 +320,33 @@ def conduct(
     chosen, folder, tell = tuple(seeds or study.seeds), Path(out), told or (lambda *_: None)
     if strange := [seed for seed in chosen if seed not in study.seeds]:
         raise ValueError(f"the study has seeds {', '.join(map(str, study.seeds))}, got {strange[0]}")
+    made: dict[Path, Run] = {}
+    for seed in (one for one in study.seeds if one in chosen):
+        places = places_of(study, folder, seed)
+        for one in study.steps:
+            taken(one, places, one.target(folder, seed), tell)
+        for _, label, path, spec in rows_of(study, folder, seed):
+            made[path] = finished(spec, path) or evaluated(spec, path, label, tell)
     runs: dict[str, dict[str, list[Run]]] = {one.name: {row: [] for row in one.rows} for one in study.evaluations}
     for seed in study.seeds:
-        places = {"seed": str(seed)}
-        for one in study.steps:
-            if seed in chosen:
-                taken(one, places, one.target(folder, seed), tell)
-            places[one.name] = str(one.target(folder, seed))
-        for evaluation, label, row in rows_of(study):
-            path = folder / "runs" / file_name(evaluation.name) / file_name(label) / f"seed-{seed}.json"
-            spec = Spec.of(filled(row, places))
-            made = finished(spec, path)
-            if made is None and seed in chosen:
-                made = evaluated(spec, path, label, tell)
-            runs[evaluation.name][label] += [] if made is None else [made]
+        for evaluation, label, path, spec in rows_of(study, folder, seed):
+            found = made.get(path) or finished(spec, path)
+            runs[evaluation.name][label] += [] if found is None else [found]
     return runs
 
 
-def rows_of(study: Study) -> Iterator[tuple[Evaluation, str, Mapping[str, Any]]]:
-    """Yield every row with its evaluation."""
+def places_of(study: Study, folder: Path, seed: int) -> dict[str, str]:
+    """Return what stands in the places of a seed: the seed, and what each step makes."""
+    return {"seed": str(seed)} | {one.name: str(one.target(folder, seed)) for one in study.steps}
+
+
+def rows_of(study: Study, folder: Path, seed: int) -> Iterator[tuple[Evaluation, str, Path, Spec]]:
+    """Yield every row of a seed: its evaluation, its label, the file of its run and the specification."""
+    places = places_of(study, folder, seed)
     for evaluation in study.evaluations:
         for label, row in evaluation.rows.items():
-            yield evaluation, label, row
+            path = folder / "runs" / file_name(evaluation.name) / file_name(label) / f"seed-{seed}.json"
+            yield evaluation, label, path, Spec.of(filled(row, places))
 
 
 def recipe_of(one: Step, places: Mapping[str, str]) -> Recipe:
