@@ -53,8 +53,9 @@ ALLOWED = {
     | {"backgrounds", "layers", "data", "interchange", "runs", "models", "processes", "training"}
     | {"classifier_training"},
     "learning": {
-        *("classifier", "data", "evaluation", "explainers", "methods", "metrics", "models", "protocols", "recipes"),
-        *("processes", "registry", "running", "runs", "settings", "training", "classifier_training"),
+        *("classifier", "data", "evaluation", "explainers", "interchange", "methods", "metrics", "models"),
+        *("processes", "protocols", "recipes", "registry", "running", "runs", "settings", "training"),
+        "classifier_training",
     },
     "hyperplanes": {"types", "classifier", "maps", "methods"},
     "windows": {"types", "classifier", "hooks", "layers"},
@@ -67,6 +68,7 @@ ALLOWED = {
         "learning",
         "pieces",
         "processes",
+        "protocols",
         "recipes",
         "registry",
         "running",

@@ -129,7 +129,7 @@ def test_flat_and_nested_folders_without_classes(tmp_path):
     assert [sample.id for sample in classed] == ["2024/c.png"]
     assert classed.classes == ("2024", "empty")
     assert set(classed.skipped) == {"a.png", "b.png"}
-    assert "beside the class folders; labels=False reads it" in classed.skipped["a.png"]
+    assert "beside the class folders; labels=false reads it" in classed.skipped["a.png"]
 
 
 def test_hidden_files_and_folders_are_passed_over(tmp_path):

@@ -351,7 +351,7 @@ def test_inference_mode(small):
 
 def test_a_metric_of_the_label_needs_one(columns):
     images = [batch(striped(*ORDERS), (2, None, 0))]
-    with pytest.raises(ValueError, match="drop needs the label, and 'i1' has none; use the predicted class"):
+    with pytest.raises(ValueError, match="drop needs the label, and 'i1' has none; explain what is predicted"):
         measure(Recorder(), columns, images, {"drop": average_drop()})
     with pytest.raises(ValueError, match="the map needs the label, and 'i1' has none"):
         measure(Recorder(), columns, images, {"in": insertion()}, explain="label")

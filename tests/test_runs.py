@@ -200,6 +200,12 @@ def test_scores_by_name_and_accuracy():
     assert Scores((), ("a",), (None,), (1,), (0.5,), 0.0).accuracy is None
 
 
+def test_of_several_classes_the_predicted_one_has_to_be_among_them():
+    scores = Scores((), ("a", "b", "c"), (3, 3, 3), (1, 3, 1), (0.5,) * 3, 0.0, among=(True, False, None))
+    assert scores.right == (True, False, False)
+    assert scores.accuracy == pytest.approx(1 / 3)
+
+
 # What is recorded
 
 

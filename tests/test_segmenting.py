@@ -443,6 +443,7 @@ def test_irn_files_hold_the_maps_whose_threshold_gives_the_labels(pictures, tmp_
         small = interpolate(kept.high_res[None], tuple(kept.cam.shape[1:]), mode="bilinear", align_corners=False)[0]
         cut = torch.where(small > 0, small, 0)
         assert torch.equal(kept.cam, cut / cut.amax((1, 2), keepdim=True))
+        assert kept.high_res.min() == 0
         assert kept.cam.amax((1, 2)).tolist() == [1, 1]
         keys = [0, *(kept.keys + 1).tolist()]
         planes = torch.cat([torch.full((1, h, w), 0.2), kept.high_res])
@@ -528,7 +529,9 @@ def test_no_label_map_lies_outside_the_folder(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("normalize", ["max", "none"])
-def test_maps_that_show_nothing_are_listed_and_leave_the_others_alone(tmp_path, monkeypatch, normalize):
+def test_maps_that_show_nothing_are_listed_and_leave_the_others_alone(
+    tmp_path, monkeypatch, scenes, classifier, normalize
+):
     def broken(classifier, x, y=None, /):
         maps = cam(classifier, x, y)
         maps[y == 1] = float("nan")
@@ -539,10 +542,18 @@ def test_maps_that_show_nothing_are_listed_and_leave_the_others_alone(tmp_path, 
     spec = replace(TINY, classes=Choice("all"), images=3, normalize=normalize)
     manifest = segment(spec, tmp_path / "out")
     assert manifest.shares["foreground"] > 0.1
-    ids = [f"creatures-scenes-test-{i:05d}-s0" for i in range(3)]
-    kinds = [("dot-headed pip", "not finite"), ("common newt", "all zero")]
-    assert manifest.degenerate == tuple((name, *kind) for name in ids for kind in kinds)
-    assert not {"dot-headed pip", "common newt"} & set(manifest.classes)
+    expected = []
+    for sample in (scenes[i] for i in range(3)):
+        for label, name in enumerate(classifier.classes):
+            raw = broken(classifier, sample.image[None], torch.tensor([label]))
+            shown = interpolate(raw, tuple(sample.image.shape[1:]), mode="bilinear", align_corners=False)
+            if label in (1, 10):
+                expected.append((sample.id, name, "not finite" if label == 1 else "all zero"))
+            elif normalize == "max" and shown.max() <= 0:
+                expected.append((sample.id, name, "nowhere positive"))
+    assert manifest.degenerate == tuple(expected)
+    assert len(expected) > 6 or normalize == "none"
+    assert not {classifier.classes[1], classifier.classes[10]} & set(manifest.classes)
 
 
 def test_log_odds_are_taken_as_they_are(tmp_path, monkeypatch, scenes):
@@ -655,6 +666,8 @@ PLAIN = {"model": "creatures", "data": "creatures", "method": "cam"}
         ({**PLAIN, "threshold": [0.3, 0.1]}, ValueError, "low <= high"),
         ({**PLAIN, "threshold": float("nan")}, ValueError, "low <= high"),
         ({**PLAIN, "batch": 0}, ValueError, "batch >= 1"),
+        ({**PLAIN, "threshold": 2}, ValueError, r"expected a threshold in \[0, 1\), a share .* got 2"),
+        ({**PLAIN, "threshold": -0.1, "normalize": "unit"}, ValueError, r"in \[0, 1\), a share .* got -0\.1"),
         ({**PLAIN, "images": -1}, ValueError, "images >= 0"),
         ({**PLAIN, "batch": 2.5}, TypeError, "batch: expected a whole number, got 2.5"),
         ({**PLAIN, "irn": 1}, TypeError, "expected irn to be one of npy, npz, or true or false, got 1"),
@@ -803,6 +816,18 @@ def test_a_segmenter_learns_from_labels_of_the_original_pictures(pictures, tmp_p
     told = {"data": {**data.plain(), "resize": resize}, "model": network, "settings": settings}
     path = learn("segmenter", Recipe.of(told), tmp_path / "net")
     assert json.loads(path.with_suffix(".json").read_text())["extra"]["images"] == 6
+
+
+def test_a_segmenter_learns_from_labels_of_pictures_without_classes(pictures, tmp_path, classifier):
+    data = Choice("folder", {"root": str(pictures), "labels": False})
+    segment(replace(TINY, data=data, classes=Choice("predicted")), tmp_path / "out")
+    network = {"name": "mini_seg", "widths": [4, 6, 8, 10], "width": 5, "size": 32}
+    settings = {"labels": str(tmp_path / "out"), "epochs": 1, "batch": 3, "augment": "none"}
+    told = {"data": data.plain(), "model": network, "settings": settings}
+    path = learn("segmenter", Recipe.of(told), tmp_path / "net")
+    assert models.load(str(path)).classes == classifier.classes
+    with pytest.raises(ValueError, match=r"or, for a segmenter, label maps whose segment\.json names them"):
+        learn("segmenter", Recipe.of({**told, "settings": {"epochs": 1}}), tmp_path / "other")
 
 
 class Fields:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from dataclasses import replace
 from itertools import permutations
 
@@ -332,10 +333,16 @@ def test_a_curve_has_the_values_that_are_done(tmp_path):
 
 
 def test_a_metric_to_show_that_no_row_has_is_told(tmp_path):
-    read = study(tmp_path, NETS + SWEEP.replace('shown = ["area"]', 'shown = ["aera"]'))
-    values = {row: [{"area": 1.0}] for row in read.evaluations[0].rows}
-    with pytest.raises(LookupError, match="no metric to show called 'aera'; did you mean area"):
-        record(read, done(read, values), tmp_path / "out")
+    for name in ("aera", "area(of=raw)"):
+        with pytest.raises(LookupError, match=rf"no metric to show called '{re.escape(name)}'; did you mean area"):
+            study(tmp_path, NETS + SWEEP.replace('shown = ["area"]', f'shown = ["{name}"]'))
+
+
+def test_what_data_names_is_told_when_it_is_there(tmp_path):
+    text = SCORED.replace('metrics = ["area"]', 'metrics = ["segmentation"]\nshown = ["segmentation.newts"]')
+    read = study(tmp_path, text)
+    with pytest.raises(LookupError, match=r"no metric to show called 'segmentation\.newts'; did you mean"):
+        record(read, done(read, {"CAM": [{"segmentation.newt": 1.0}]}), tmp_path / "out")
 
 
 def test_the_same_numbers_draw_the_same_bytes(tmp_path):

@@ -96,7 +96,8 @@ class ClassifierConfig:
         expect(self, "in [0, 1)", "label_smoothing")
         if not 0 <= self.freeze_epochs <= self.epochs:
             raise ValueError(
-                f"expected freeze_epochs in 0..epochs, got freeze_epochs={self.freeze_epochs} of epochs={self.epochs}"
+                f"expected freeze_epochs in 0..epochs, got freeze_epochs={self.freeze_epochs} of epochs={self.epochs}; "
+                "change both"
             )
         if self.freeze_epochs == 0 and (self.freeze or self.lr_all is not None):
             raise ValueError("freeze and lr_all need freeze_epochs >= 1: the epochs of the first stage")

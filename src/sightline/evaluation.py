@@ -21,7 +21,7 @@ from sightline.classifier import (
     check_range,
     probability,
 )
-from sightline.data import Batch
+from sightline.data import Batch, Sample
 from sightline.maps import degenerate, scaled
 from sightline.metrics import Case, Measure, Scored, check_scored, finite
 from sightline.runs import Choice, Score, Scores
@@ -295,6 +295,7 @@ class Log:
     labels: list[int | None] = field(default_factory=list[int | None])
     predicted: list[int] = field(default_factory=list[int])
     probability: list[float] = field(default_factory=list[float])
+    among: list[bool | None] = field(default_factory=list[bool | None])
     shown: Shown = field(default_factory=dict[str, dict[int, str | None]])
 
     def note(self, subject: "Subject") -> None:
@@ -304,10 +305,12 @@ class Log:
         if isinstance(subject.classifier.model, Absent):
             self.predicted += [-1] * len(subject.batch)
             self.probability += [math.nan] * len(subject.batch)
+            self.among += [None] * len(subject.batch)
             return
         predicted = subject.label("predicted")
         self.predicted += predicted.tolist()
         self.probability += probability(subject.logits.double(), predicted).tolist()
+        self.among += [shows(one, k) for one, k in zip(subject.batch.samples, predicted.tolist(), strict=True)]
 
     def add(self, other: "Log") -> None:
         """Add what is noted of later images."""
@@ -315,6 +318,7 @@ class Log:
         self.labels += other.labels
         self.predicted += other.predicted
         self.probability += other.probability
+        self.among += other.among
         self.show(other.shown)
 
     def show(self, shown: Shown) -> None:
@@ -373,7 +377,14 @@ class Tally:
             raise ValueError("no image was measured; the data set is empty")
         scores = tuple(summed(Choice(name), one) for name, one in self.sums.items())
         lists = tuple(log.ids), tuple(log.labels), tuple(log.predicted), tuple(log.probability)
-        return Scores(scores, *lists, self.seconds, log.degenerate(classes))
+        return Scores(scores, *lists, self.seconds, log.degenerate(classes), tuple(log.among))
+
+
+def shows(sample: Sample, label: int) -> bool | None:
+    """Tell whether an image with several classes shows one of them; None of an image with one class."""
+    if sample.labels is None or int((sample.labels > 0).sum()) < 2:
+        return None
+    return label < len(sample.labels) and bool(sample.labels[label] > 0)
 
 
 def summed(metric: Choice, sums: "Accumulate") -> Score:
@@ -405,7 +416,9 @@ class Subject:
         if kind == "label":
             if self.batch.y is None:
                 name = next(sample.id for sample in self.batch.samples if sample.label is None)
-                raise ValueError(f"{metric} needs the label, and {name!r} has none; use the predicted class")
+                raise ValueError(
+                    f"{metric} needs the label, and {name!r} has none; explain what is predicted (--explain predicted)"
+                )
             return check_labels(self.logits, self.batch.y)
         if isinstance(self.classifier.model, Absent):
             self.classifier(self.batch.x)

@@ -34,7 +34,7 @@ from sightline.metrics._segmentation import REGIONS
 from sightline.protocols._cue_localization import NORMALIZED, ROUNDING
 from sightline.protocols._cues import Cues
 from sightline.protocols._multi_classifier_accuracy import RULES, Rule, shown
-from sightline.protocols._segmentation import NORMALIZERS, Scene
+from sightline.protocols._segmentation import NORMALIZERS, Scene, check_threshold
 from sightline.protocols._segmentation import explained as class_maps
 from sightline.registry import chosen
 from sightline.settings import signed
@@ -357,8 +357,10 @@ def segments(
     shows the photo. `names` are those of the classes.
 
     Raises:
-        ValueError: no method, an image without a mask, or a class that the network does not have.
+        ValueError: no method, a threshold outside [0, 1) of divided maps, an image without a mask, or a class that the
+            network does not have.
     """
+    check_threshold("max" if normalize else "none", threshold)
     case, chosen = first(methods), resolves or {"basic": basic}
     photos = enlarged(case.x, side)
     scenes = [Scene.of(sample, case.logits.shape[1]) for sample in case.batch.samples]

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sightline.classifier import Classifier, check_labels
-from sightline.maps import by_maximum, resize
+from sightline.maps import by_maximum, check_shares, resize
 from sightline.methods._cam import head
 from sightline.methods._gradient import gradient
 from sightline.types import Images, Labels, Saliency, Values
@@ -53,9 +53,7 @@ def signed_distances(
         UnsuitedError: the layer is not followed by global average pooling and one linear layer alone.
         ValueError: a threshold outside (0, 1].
     """
-    for name, tau in (("tau_cam", tau_cam), ("tau_sm", tau_sm)):
-        if not 0 < tau <= 1:
-            raise ValueError(f"expected {name} in (0, 1], a share of the map's maximum, got {tau}")
+    check_shares(tau_cam=tau_cam, tau_sm=tau_sm)
     A, logits = classifier.features_and_logits(x)
     labels = check_labels(logits, y)
     w = head(classifier, A, logits)[labels].double()

@@ -361,9 +361,14 @@ class StoredMaps:
         file = self.file(name)
         if self.form != "irn" and file.suffix != ".npz":
             return read_map(file)
-        found = read_irn(file, pickled=self.pickled).of(label)
+        maps = read_irn(file, pickled=self.pickled)
+        found = maps.of(label)
         if found is None:
-            raise ValueError(f"{file} holds no map of class {label}")
+            held = ", ".join(map(str, maps.keys.tolist())) or "none"
+            raise ValueError(
+                f"{file} holds no map of class {label}, only of {held}; explain the labels (--explain label), or make "
+                "the maps of all classes that are asked for"
+            )
         return found
 
     def file(self, name: str) -> Path:

@@ -26,6 +26,7 @@ from sightline.explainers import (
     train_casm,
     train_segmenter,
 )
+from sightline.interchange import read_names
 from sightline.methods import METHODS
 from sightline.models._files import checksums, meanings
 from sightline.processes import first, leave, wait
@@ -232,9 +233,11 @@ def learn_calm(recipe: Recipe, config: CalmConfig, out: Path, report: Report | N
 def learn_segmenter(recipe: Recipe, config: SegmenterConfig, out: Path, report: Report | None) -> Path:
     """Train a segmenter with as many classes as the data has, on its masks or on pseudo labels.
 
-    Pseudo labels go with the samples as they are read, which know how large the original pictures were.
+    Of data without classes they are those that the labels' folder names. Pseudo labels go with the samples as they are
+    read, which know how large the original pictures were.
     """
-    built, stored = fitting(recipe.model, recipe.data, recipe.seed)
+    known = () if config.labels is None else read_names(config.labels)[1:]
+    built, stored = fitting(recipe.model, recipe.data, recipe.seed, classes=known)
     if not isinstance(built.model, Segmenter):
         raise ValueError(f"{recipe.model} is no segmenter; take mini_seg or lraspp, or the file of one")
     dataset, samples = read(Source.of(recipe.data, built, masks=config.labels is None))
@@ -306,10 +309,11 @@ def read(source: Source) -> tuple[Dataset, Indexed[Sample]]:
     return dataset, remember(labeled(dataset, source.classifier), masks=source.masks)
 
 
-def fitting(model: Choice, data: Choice, seed: int) -> tuple[Classifier, Choice]:
+def fitting(model: Choice, data: Choice, seed: int, *, classes: tuple[str, ...] = ()) -> tuple[Classifier, Choice]:
     """Return a classifier with as many classes as the data has, and how to build it again.
 
-    Weights from a file stay, but for a head with another number of classes.
+    `classes` are those of data that has none of its own. Weights from a file stay, but for a head with another number
+    of classes.
 
     Raises:
         ValueError: data without classes, or a network that is not trained as a classifier.
@@ -322,10 +326,13 @@ def fitting(model: Choice, data: Choice, seed: int) -> tuple[Classifier, Choice]
     trained = base.name != model.name
     seeds = {"seed": seed} if empty and not trained and "seed" not in model.settings else {}
     built = models.load(Choice(model.name, {**model.settings, **seeds}))
-    dataset = reader_of(data, built)()
-    count = len(dataset.classes)
+    classes = tuple(reader_of(data, built)().classes) or classes
+    count = len(classes)
     if count < 2:
-        raise ValueError(f"{data} has {count} classes; training needs at least two, one folder a class")
+        raise ValueError(
+            f"{data} has {count} classes; training needs at least two: one folder a class or, for a segmenter, label "
+            "maps whose segment.json names them"
+        )
     stored = Choice(base.name, {**base.settings, "classes" if empty else "num_classes": count})
     if isinstance(built.model, Segmenter) and trained and count != classes_of(built):
         raise ValueError(f"{model} segments {classes_of(built)} classes and {data} has {count}; start from {base.name}")
@@ -334,7 +341,7 @@ def fitting(model: Choice, data: Choice, seed: int) -> tuple[Classifier, Choice]
     elif trained or model.name.startswith(("torchvision:", "timm:", "hf:")):
         network = replace_head(built.model, count, seed=seed) if count != classes_of(built) else built.model
         built = wrap(network, layer=built.layer, normalization=(built.mean, built.std), size=built.size)
-    return replace(built, classes=tuple(dataset.classes)), stored
+    return replace(built, classes=classes), stored
 
 
 LEARNERS: Mapping[str, Learner] = {

@@ -43,6 +43,17 @@ def unit(saliency: Float[Tensor, "b c i j"]) -> Float[Tensor, "b c i j"]:
     return (saliency - low) / torch.where(spread > 0, spread, torch.ones_like(spread))
 
 
+def check_shares(**shares: float) -> None:
+    """Check shares of a map's maximum.
+
+    Raises:
+        ValueError: one outside (0, 1].
+    """
+    for name, share in shares.items():
+        if not 0 < share <= 1:
+            raise ValueError(f"expected {name} in (0, 1], a share of the map's maximum, got {share}")
+
+
 def by_maximum(maps: Float[Tensor, "*n i j"]) -> Float[Tensor, "*n i j"]:
     """Divide each map by its maximum (Maruf et al. 2023, eq 1).
 

@@ -26,7 +26,7 @@ MOST = 1024
 CLAIM, MAP = "claim.json", "map/"
 """What a folder belongs to, and how the names of maps begin in a piece."""
 
-FORM = 2
+FORM = 3
 """How pieces are written, as a part of the claim: those of another form are not read."""
 
 

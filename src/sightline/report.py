@@ -384,7 +384,7 @@ def _photo(table: Table, name: str, *, ranking: Ranking, roots: Sequence[Path]) 
         shot=_shot(owner, name, "image", root=roots[owner.index]),
         label=None if label is None else _class(run, label),
         predicted=_class(run, predicted),
-        right=None if label is None or predicted < 0 else label == predicted,
+        right=run.scores.right[place],
         probability="" if predicted < 0 else f"{100 * run.scores.probability[place]:.0f}\N{NO-BREAK SPACE}%",
         examples=tuple(_example(row, name, ranking=ranking, roots=roots) for row in table.rows),
     )

@@ -244,8 +244,8 @@ def labeled(dataset: Dataset, classifier: Classifier) -> Indexed[Sample]:
     if missing := [name for name in dataset.classes if name not in classifier.classes]:
         raise ValueError(
             f"{len(missing)} classes of the data are none of the classifier's: "
-            f"{unknown(missing[0], classifier.classes, 'class')}; rename the folders, or read the data without labels "
-            "(labels=false) and score the predicted class"
+            f"{unknown(missing[0], classifier.classes, 'class')}; rename them, or take a network of these classes; a "
+            "folder can be read without labels (labels=false), and segment needs none with --classes predicted"
         )
     numbers = tuple(classifier.classes.index(name) for name in dataset.classes)
     return Relabeled(seen, numbers, len(classifier.classes))

@@ -257,6 +257,8 @@ class Scores:
     """Wall time of the saliency maps, in all."""
     degenerate: Mapping[str, str] = field(default_factory=dict[str, str])
     """Image -> why its map says nothing (constant, not finite)."""
+    among: tuple[bool | None, ...] = ()
+    """Of an image with several classes whether the predicted one is among them, else None; () in older runs."""
 
     def __getitem__(self, metric: str) -> Score:
         for score in self.scores:
@@ -265,10 +267,17 @@ class Scores:
         raise LookupError(f"no score called {metric!r}; there are {[score.metric.name for score in self.scores]}")
 
     @property
+    def right(self) -> tuple[bool | None, ...]:
+        """Whether the predicted class is in each image; None without labels or without a classifier."""
+        among = self.among or (None,) * len(self.ids)
+        each = zip(self.labels, self.predicted, among, strict=True)
+        return tuple(None if a is None or b < 0 else a == b if one is None else one for a, b, one in each)
+
+    @property
     def accuracy(self) -> float | None:
-        """Share of images whose predicted class is their label; None without labels or without a classifier."""
-        pairs = [(a, b) for a, b in zip(self.labels, self.predicted, strict=True) if a is not None and b >= 0]
-        return fmean(a == b for a, b in pairs) if pairs else None
+        """Share of images that show the predicted class; None without labels or without a classifier."""
+        known = [one for one in self.right if one is not None]
+        return fmean(known) if known else None
 
 
 @dataclass(frozen=True)
@@ -306,7 +315,7 @@ class Run:
             table = json.loads(Path(path).read_text(encoding="utf-8"))
             scores = table.pop("scores")
             scores["scores"] = tuple(Score.of(score) for score in scores["scores"])
-            listed = {key: tuple(scores[key]) for key in ("ids", "labels", "predicted")}
+            listed = {key: tuple(scores[key]) for key in ("ids", "labels", "predicted", "among") if key in scores}
             listed["probability"] = tuple(map(number, scores["probability"]))
             table["classes"] = tuple(table["classes"])
             return cls(**{**table, "spec": Spec.of(table["spec"]), "scores": Scores(**{**scores, **listed})})
@@ -386,7 +395,10 @@ def write_text(path: Path | str, text: str) -> Path:
 def write_bytes(path: Path | str, content: bytes | memoryview) -> Path:
     """Write a file atomically: the old content stays until the new one is whole."""
     target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise NotADirectoryError(f"{target.parent} cannot be a folder, a file is in its place; take another") from error
     handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
     try:
         with os.fdopen(handle, "wb") as file:

@@ -41,7 +41,7 @@ from sightline.kinds import entries
 from sightline.maps import by_maximum, degenerate, resize
 from sightline.metrics import finite
 from sightline.models._files import checksums
-from sightline.protocols._segmentation import NORMALIZERS, enlarged, raw_maps
+from sightline.protocols._segmentation import NORMALIZERS, check_threshold, enlarged, raw_maps
 from sightline.registry import chosen, unknown
 from sightline.running import Channeled, chosen_method, labeled, reader_of
 from sightline.runs import (
@@ -128,10 +128,11 @@ class Segmenting:
 
     def __post_init__(self) -> None:
         if not self.low <= self.high or not all(map(math.isfinite, (self.low, self.high))):
-            raise ValueError(f"expected a threshold, or low <= high, got {self.threshold}")
+            raise ValueError(f"expected a threshold, or two with low <= high, got threshold={self.threshold}")
         if self.batch < 1 or self.images < 0:
             raise ValueError(f"expected batch >= 1 and images >= 0, got batch={self.batch}, images={self.images}")
         chosen(self.normalize, NORMALIZERS, "normalization")
+        check_threshold(self.normalize, self.low, self.high)
         if self.size not in SIZES:
             raise LookupError(unknown(self.size, SIZES, "size"))
         if self.irn is not None and self.irn not in FORMS:
@@ -436,7 +437,12 @@ def predicted(classifier: Classifier, batch: Batch, count: int, /, *, above: flo
 
     Of a trained segmenter these are the classes that beat the background somewhere: with thresholds of 0 or more the
     labels are those of `every`, for less work.
+
+    Raises:
+        ValueError: a probability that no class exceeds, or every one does.
     """
+    if not 0 <= above < 1:
+        raise ValueError(f"expected above in [0, 1), a probability, got {above}")
     with torch.no_grad():
         logits = classifier(batch.x)
     taken = (logits.sigmoid() > above).scatter(1, logits.argmax(1, keepdim=True), True)
@@ -642,12 +648,17 @@ def batch_of(
         "pixels": {str(value): pixels[value] for value in sorted(pixels)},
         "degenerate": [entry for outcome in outcomes for entry in outcome.degenerate],
         "skipped": [
-            [index, str(image.found)]
+            [index, reason(image.found)]
             for index, image in zip(work.images(number), read, strict=True)
             if isinstance(image.found, ImageError)
         ],
         "seconds": {stage: round(value, 6) for stage, value in seconds.items()},
     }
+
+
+def reason(error: ImageError) -> str:
+    """Say what is wrong with a file, without how to pass over it."""
+    return str(error.__cause__ if isinstance(error.__cause__, ImageError) else error)
 
 
 def explained(work: Work, batch: Batch) -> tuple[Sequence[tuple[int, ...]], Sequence[Raw]]:
@@ -671,8 +682,8 @@ def written(work: Work, sample: Sample, classes: tuple[int, ...], raw: Raw) -> O
     if work.spec.irn is not None:
         path = placed(work.folder / IRN, sample.id, f".{work.spec.irn}")
         write_irn(path, cams([plane(one, size).float() for one in maps], classes, size), pickled=path.suffix == ".npy")
-    reasons = zip(classes, (degenerate(one)[0] for one in raw), strict=True)
-    nothing = tuple((sample.id, label, reason) for label, reason in reasons if reason is not None)
+    reasons = [degenerate(one)[0] or (None if maps[i].any() else "nowhere positive") for i, one in enumerate(raw)]
+    nothing = tuple((sample.id, label, why) for label, why in zip(classes, reasons, strict=True) if why is not None)
     counts = enumerate(labels.flatten().bincount().tolist())
     return Outcome(
         {value: count for value, count in counts if count}, nothing, made - start, time.perf_counter() - made
@@ -720,9 +731,9 @@ def plane(one: Float[Tensor, "_i _j"], size: tuple[int, int]) -> Float[Tensor, "
 
 
 def cams(maps: Sequence[Float[Tensor, "h w"]], classes: tuple[int, ...], size: tuple[int, int]) -> Cams:
-    """Return maps as IRN keeps them: `high_res`, whose thresholds give labels, `cam` for its random walk.
+    """Return maps as IRN keeps them, without what is negative: `high_res` for labels, `cam` for its random walk.
 
-    `cam` are the maps on a grid of a fourth of the picture (bilinear), cut off below 0, divided by their maximum there.
+    `cam` are the maps on a grid of a fourth of the picture (bilinear), divided by their maximum there.
 
     *Differs:* IRN has cut off and resized the network's own maps, and divides by the maximum + 1e-5.
     """
@@ -730,7 +741,8 @@ def cams(maps: Sequence[Float[Tensor, "h w"]], classes: tuple[int, ...], size: t
     keys = torch.tensor(classes, dtype=torch.long)
     if not maps:
         return Cams(keys, torch.zeros(0, *coarse), torch.zeros(0, *size))
-    return Cams(keys, by_maximum(torch.stack([plane(one, coarse) for one in maps]).relu()), torch.stack([*maps]))
+    shown = torch.stack([*maps]).relu()
+    return Cams(keys, by_maximum(torch.stack([plane(one, coarse) for one in shown])), shown)
 
 
 def concluded(work: Work) -> Manifest | None:

@@ -41,6 +41,7 @@ from sightline import latex
 from sightline.learning import LEARNERS, claim, configured, learn
 from sightline.pieces import forget
 from sightline.processes import first
+from sightline.protocols import PROTOCOLS
 from sightline.recipes import Recipe
 from sightline.registry import find, unknown
 from sightline.running import finished, named, run
@@ -91,6 +92,19 @@ class Evaluation:
     rows: Mapping[str, Mapping[str, Any]]
     shown: tuple[str, ...] = ()
     sweep: Sweep | None = None
+
+    def check_shown(self, specs: Iterable[Spec]) -> None:
+        """Check that what is shown will be there; what data names (the classes of a protocol) only its runs tell.
+
+        Raises:
+            LookupError: it will not.
+        """
+        listed = [parted(spec.metrics) for spec in specs]
+        known = dict.fromkeys(name for metrics in listed for name in titles(metrics))
+        open_ended = {one.name.partition(".")[0] for metrics in listed for one in metrics if "." in one.name}
+        for name in self.shown:
+            if name not in known and name.partition(".")[0] not in open_ended:
+                raise LookupError(f"{self.name!r}: {unknown(name, known, 'metric to show')}")
 
     def metrics(self, rows: Iterable[Mapping[str, "Number"]]) -> tuple[str, ...]:
         """Return the metrics that are shown, of all that the rows have.
@@ -164,10 +178,11 @@ class Study:
                 configured(one.kind, recipe_of(one, places))
             places[one.name] = str(one.target(Path(), self.seeds[0]))
         for evaluation in self.evaluations:
-            for row in evaluation.rows.values():
-                asked_for = Spec.of(filled(row, places))
+            specs = [Spec.of(filled(row, places)) for row in evaluation.rows.values()]
+            for spec in specs:
                 with suppress(FileNotFoundError):
-                    named(asked_for)
+                    named(spec)
+            evaluation.check_shown(specs)
 
 
 def listed(value: Any, what: str, kind: Any = object) -> list[Any]:
@@ -429,6 +444,15 @@ def number(column: Sequence[Score]) -> Number:
 def counted(values: Iterable[float]) -> list[float]:
     """Return the values that are not NaN."""
     return [value for value in values if not math.isnan(value)]
+
+
+def parted(metrics: Iterable[Choice]) -> list[Choice]:
+    """Return metrics, and of each protocol its parts, as scores are named."""
+    return [
+        replace(one, name=f"{one.name}.{part}") if part else one
+        for one in metrics
+        for part in (PROTOCOLS[one.name].parts if one.name in PROTOCOLS else ("",))
+    ]
 
 
 def titles(metrics: Sequence[Choice]) -> list[str]:

@@ -239,6 +239,8 @@ def summary(table: Table) -> str:
         )
         return f"{what}; accuracy unknown, {without}."
     shares = " and ".join(f"{100 * accuracy:.1f}" for accuracy in right if accuracy is not None)
+    if any(one is not None for run in models for one in run.scores.among):
+        return f"{what}; the class of the largest logit is in {shares} % of them."
     return f"{what}; {'it classifies' if len(models) == 1 else 'they classify'} {shares} % of them correctly."
 
 

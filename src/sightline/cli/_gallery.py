@@ -342,7 +342,8 @@ def drawn(
     write_bytes(page, viz.png((gallery.turned() if look.turn else gallery).sheet()))
     write_text(page.with_suffix(".json"), text + "\n")
     methods = dict.fromkeys(name for one in plates.values() for name in one.methods)
-    click.echo(f"{page}: {len(indices)} images; {', '.join(methods)}")
+    count = f"{len(indices)} image{'' if len(indices) == 1 else 's'}"
+    click.echo(f"{page}: {count}; {', '.join(methods)}")
 
 
 def plate(

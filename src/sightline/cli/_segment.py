@@ -110,5 +110,7 @@ def tell(manifest: "Manifest | None", out: Path) -> None:
     shares = ", ".join(f"{share:.1%} {kind}" for kind, share in manifest.shares.items())
     nothing = f"; {len(manifest.degenerate)} maps show nothing" if manifest.degenerate else ""
     click.echo(f"{manifest.images} images, {len(manifest.skipped)} skipped: {shares}{nothing}")
-    speed = json.loads((out / "timing.json").read_text(encoding="utf-8"))["images_per_second_of_a_process"]
-    click.echo(f"{speed:.1f} images/s in a process; labels, manifest.json, timing.json and contact.png are in {out}")
+    timing = json.loads((out / "timing.json").read_text(encoding="utf-8"))
+    speed, several = timing["images_per_second_of_a_process"], len(timing["processes"])
+    where = "in a process" if several == 1 else f"in each of {several} processes"
+    click.echo(f"{speed:.1f} images/s {where}; labels, manifest.json, timing.json and contact.png are in {out}")

@@ -206,7 +206,7 @@ def _files(root: Path, classes: Sequence[str]) -> list[tuple[str, int | None]]:
 def _strays(root: Path) -> dict[str, str]:
     """Name the images that lie beside the class folders."""
     names = sorted(f.name for f in root.iterdir() if f.suffix.lower() in _extensions() and not _hidden(f.name))
-    return {name: f"{root / name} lies beside the class folders; labels=False reads it" for name in names}
+    return {name: f"{root / name} lies beside the class folders; labels=false reads it" for name in names}
 
 
 def _extensions() -> tuple[str, ...]:

@@ -13,6 +13,7 @@ from sightline.backgrounds import IGNORE
 from sightline.classifier import Classifier, Method
 from sightline.data import Indexed, Sample, batches
 from sightline.evaluation import Maps, checked_batch
+from sightline.maps import check_shares
 from sightline.metrics._segmentation import Average, share
 from sightline.protocols._segmentation import Scene, marked, suited, telling_of
 from sightline.runs import Choice, Score
@@ -39,9 +40,10 @@ def discriminative_truth(
     paper has no such measure.
 
     Raises:
-        ValueError: a data set that does not know its parts, an image without a mask or with one of another size, a
-            class that the network does not have, or no image.
+        ValueError: `tau_cam` outside (0, 1], a data set that does not know its parts, an image without a mask or with
+            one of another size, a class that the network does not have, or no image.
     """
+    check_shares(tau_cam=tau_cam)
     seen, telling = Maps.of_method(method), telling_of(samples)
     counts: Int[Tensor, "k 4"] | None = None
     images = 0

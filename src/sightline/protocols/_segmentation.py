@@ -19,7 +19,7 @@ from sightline.backgrounds import IGNORE, Resolve, resolve_of
 from sightline.classifier import Classifier, Method, UnsuitedError
 from sightline.data import Batch, Indexed, Sample, batches, layers, numbered_layers
 from sightline.evaluation import Maps, checked_batch
-from sightline.maps import by_maximum, resize, unit
+from sightline.maps import by_maximum, check_shares, resize, unit
 from sightline.methods._cam import cam
 from sightline.methods._grad_cam import grad_cam
 from sightline.methods._per_class import one_pass
@@ -96,13 +96,16 @@ def segmentation(
     *Differs:* the recalls are means over classes, of which the paper says nothing.
 
     Raises:
-        ValueError: thresholds that do not increase, an image without a mask or with a mask of another size, a class
-            that the network does not have, a reference with other classes, settings of a CAM where the regions are
-            cues, a data set that knows no cues, or no image.
+        ValueError: thresholds that do not increase, or outside [0, 1) where maps are divided by their maximum, shares
+            of it outside (0, 1], an image without a mask or with a mask of another size, a class that the network does
+            not have, a reference with other classes, settings of a CAM where the regions are cues, a data set that
+            knows no cues, or no image.
         LookupError: an unknown `normalize`, `compete` or `regions`, or a `resolve` or a setting of one.
         TypeError: a setting of a `resolve` of a wrong kind.
     """
     levels = checked_levels(thresholds if threshold is None else (threshold,))
+    check_threshold(normalize, *levels)
+    check_shares(tau_cam=tau_cam, tau_sm=tau_sm)
     scaled, resolved = chosen(normalize, NORMALIZERS, "normalization"), resolve_of(resolve, divided=normalize != "none")
     everyone = chosen(compete, {"present": False, "all": True}, "choice of competing classes")
     seen = Maps.of_method(method)
@@ -133,6 +136,19 @@ def checked_levels(thresholds: Sequence[float]) -> tuple[float, ...]:
     if not thresholds or any(not a < b for a, b in pairwise(thresholds)) or not all(map(math.isfinite, thresholds)):
         raise ValueError(f"expected thresholds that increase, at least one, got {thresholds!r}")
     return tuple(float(level) for level in thresholds)
+
+
+def check_threshold(normalize: str, *levels: float) -> None:
+    """Check that thresholds lie where the maps do.
+
+    Raises:
+        ValueError: no map, or every one, exceeds a threshold.
+    """
+    if wrong := [level for level in levels if normalize != "none" and not 0 <= level < 1]:
+        raise ValueError(
+            f"expected a threshold in [0, 1), a share of a map's maximum, got {wrong[0]}; maps as they are take any "
+            "(normalize=none)"
+        )
 
 
 def itself(maps: Float[Tensor, "n h w"]) -> Float[Tensor, "n h w"]:
