@@ -15,7 +15,7 @@ from sightline import models
 from sightline.classifier import UnsuitedError
 from sightline.cli import main
 from sightline.explainers import Casm, load_casm
-from sightline.learning import learn
+from sightline.learning import LEARNERS, learn
 from sightline.methods import METHODS
 from sightline.recipes import Recipe
 from sightline.runs import Choice, Run
@@ -412,3 +412,11 @@ def test_two_processes_try_learning_rates_measure_and_keep_track(data, trained, 
     assert extra["test"]["deletion?steps=4"] > 0
     assert "deletion?steps=4" in told
     assert (tmp_path / "out" / "logs" / "version_0" / "metrics.csv").exists()
+
+
+@pytest.mark.parametrize("kind", LEARNERS)
+def test_the_help_of_a_training_names_its_own_defaults(kind, capsys):
+    main(["train", kind, "--help"])
+    told = "".join(capsys.readouterr().out.split())
+    assert f"[default:{LEARNERS[kind].model}]" in told
+    assert f"[default:{LEARNERS[kind].select}]" in told

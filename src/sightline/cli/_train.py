@@ -12,36 +12,40 @@ if TYPE_CHECKING:
 
 PATH = click.Path(path_type=Path)
 
-OPTIONS: tuple[Callable[[Any], Any], ...] = (
-    click.option("--data", help="What to learn from.  [default: creatures?split=train]"),
-    click.option("--model", help="The network to start from: mini_resnet, torchvision:resnet50, FILE.safetensors."),
-    click.option("--test", help="What to measure on after the training: creatures?split=test."),
-    click.option("--epochs", type=click.IntRange(min=1), help="Passes over the images, or over their fraction."),
-    click.option("--seed", type=int, help="Seed of weights, order, augmentation and draws.  [default: 0]"),
-    click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="A setting: lr, batch, augment ..."),
-    click.option("--trials", type=click.IntRange(min=0), help="Try so many learning rates (WSOL protocol: 30)."),
-    click.option("--val", help="What the trials are compared on: creatures?split=val."),
-    click.option("--select", help="Measured by what: accuracy, mean_average_precision, or a metric."),
-    click.option("--half", is_flag=True, default=None, help="Store the weights in 16 bits."),
-    click.option("--track", type=click.Choice(["csv", "tensorboard"]), help="Keep every step's metrics in OUT/logs."),
-    click.option("--spec", type=PATH, help="A recipe (TOML) with all of this; options given here win over it."),
-    click.option("--copy", type=PATH, help="Write the recipe with all its settings there, and stop."),
-    click.option("--out", type=PATH, help="Folder of checkpoint and result."),
-)
-"""What every training is told."""
+
+def options(model: str, select: str) -> tuple[Callable[[Any], Any], ...]:
+    """Return what every training is told; which network it may start from, and what is measured."""
+    return (
+        click.option("--data", help="What to learn from.  [default: creatures?split=train]"),
+        click.option("--model", help=f"The network to start from: {model}"),
+        click.option("--test", help="What to measure on after the training: creatures?split=test."),
+        click.option("--epochs", type=click.IntRange(min=1), help="Passes over the images, or over their fraction."),
+        click.option("--seed", type=int, help="Seed of weights, order, augmentation and draws.  [default: 0]"),
+        click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="A setting: lr, batch, augment ..."),
+        click.option("--trials", type=click.IntRange(min=0), help="Try so many learning rates (WSOL protocol: 30)."),
+        click.option("--val", help="What the trials are compared on: creatures?split=val."),
+        click.option("--select", help=f"Measured by what: {select}"),
+        click.option("--half", is_flag=True, default=None, help="Store the weights in 16 bits."),
+        click.option(
+            "--track", type=click.Choice(["csv", "tensorboard"]), help="Keep every step's metrics in OUT/logs."
+        ),
+        click.option("--spec", type=PATH, help="A recipe (TOML) with all of this; options given here win over it."),
+        click.option("--copy", type=PATH, help="Write the recipe with all its settings there, and stop."),
+        click.option("--out", type=PATH, help="Folder of checkpoint and result."),
+    )
 
 
-def trains(kind: str) -> Callable[[Callable[[], None]], click.Command]:
-    """Make a sub-command that trains one kind of thing; the function's docstring is its help."""
+def trains(*, model: str, select: str) -> Callable[[Callable[[], None]], click.Command]:
+    """Make a sub-command that trains what the function is called; its docstring is the help."""
 
     def decorate(described: Callable[[], None]) -> click.Command:
         def run(**given: Any) -> None:
-            trained(kind, **given)
+            trained(described.__name__, **given)
 
         run.__doc__ = described.__doc__
-        for option in reversed(OPTIONS):
+        for option in reversed(options(model, select)):
             run = option(run)
-        return command.command(kind)(run)
+        return command.command(described.__name__)(run)
 
     return decorate
 
@@ -55,7 +59,10 @@ def command() -> None:
     """
 
 
-@trains("classifier")
+@trains(
+    model="mini_resnet, torchvision:resnet50, FILE.safetensors.  [default: mini_resnet]",
+    select="accuracy, mean_average_precision, or a metric of Grad-CAM's maps.  [default: accuracy]",
+)
 def classifier() -> None:
     """Train a classifier and write classifier.safetensors with its manifest into the output folder.
 
@@ -63,7 +70,10 @@ def classifier() -> None:
     """
 
 
-@trains("casm")
+@trains(
+    model="a classifier, FILE.safetensors.  [default: creatures]",
+    select="a metric or protocol of the masks.  [default: area?of=raw]",
+)
 def casm() -> None:
     """Train CASM's mask network against a pool of classifiers, and write casm.safetensors.
 
@@ -72,7 +82,10 @@ def casm() -> None:
     """
 
 
-@trains("calm")
+@trains(
+    model="a classifier, FILE.safetensors.  [default: creatures]",
+    select="accuracy, mean_average_precision, or a metric of the attribution maps.  [default: accuracy]",
+)
 def calm() -> None:
     """Train CALM on the body of a trained classifier, and write calm.safetensors.
 
@@ -81,7 +94,10 @@ def calm() -> None:
     """
 
 
-@trains("segmenter")
+@trains(
+    model="mini_seg, lraspp, mini_seg?weights=CLASSIFIER, FILE.safetensors.  [default: mini_seg]",
+    select="a protocol of the maps.  [default: segmentation?compete=all&normalize=none&threshold=0.0]",
+)
 def segmenter() -> None:
     """Train a segmenter on masks, or on pseudo labels (--set labels=DIR), and write segmenter.safetensors.
 
