@@ -187,6 +187,14 @@ def test_grid_writes_captions_below_their_pictures():
     assert not dark[-4:].any(), "what stands below is inside the sheet"
 
 
+def test_letters_beyond_ascii_are_drawn():
+    def written(title: str) -> Image.Image:
+        return viz.grid([[torch.ones(3, 8, 8)]], titles=[title], cell=64)
+
+    assert written("éé").tobytes() != written("жж").tobytes(), "Pillow's own font draws both as boxes"
+    assert written("nnnn").width < written("nnné").width, "a plain text keeps the narrower font"
+
+
 def test_grid_sets_blocks_apart_and_writes_their_names_upright():
     red = torch.zeros(3, 4, 4)
     red[0] = 1

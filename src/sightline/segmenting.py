@@ -831,7 +831,7 @@ def draw(work: Work) -> None:
         labels = read_labels(path)
         there = [value - 1 for value in torch.unique(labels).tolist() if value not in (0, IGNORE)]
         pictures += [sample.image.expand(3, -1, -1), painted(sample.image, labels)]
-        captions += [PurePosixPath(sample.id).name, ", ".join(map(work.name, there)) or "background"]
+        captions += [sample.id, ", ".join(map(work.name, there)) or "background"]
         if len(pictures) == 2 * SHOWN:
             break
     if not pictures:

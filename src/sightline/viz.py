@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from itertools import accumulate, cycle
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import matplotlib
@@ -258,7 +259,8 @@ def grid(
     """
     width = _check_sheet(rows, columns, titles)
     _check_groups(rows, captions, blocks)
-    font = ImageFont.load_default(max(12, cell // 11))
+    texts = [*columns, *titles, *(text for line in captions for text in line), *(name for name, _ in blocks)]
+    font = _font(texts, max(12, cell // 11))
     above, left = [_wrap(name, cell, font) for name in columns], [_wrap(name, cell, font) for name in titles]
     below = [[_keyed(text, keys or {}, cell, font) for text in line] for line in captions] or [[] for _ in rows]
     heights = [
@@ -406,6 +408,21 @@ def _check_groups(
     counts = [count for _, count in blocks]
     if blocks and (min(counts) < 1 or sum(counts) != len(rows)):
         raise ValueError(f"expected blocks of {len(rows)} rows in all, got {counts}")
+
+
+def _font(texts: Sequence[str], size: int) -> Font:
+    """Return Pillow's own font or, where a text has letters that it lacks (é, ж), DejaVu Sans, matplotlib's."""
+    plain = ImageFont.load_default(size)
+
+    def drawn(letter: str) -> bytes:
+        image = Image.new("L", (2 * size, 2 * size))
+        ImageDraw.Draw(image).text((0, 0), letter, 255, plain)
+        return image.tobytes()
+
+    box = drawn("\uffff")
+    if all(drawn(letter) != box for letter in {*"".join(texts)}):
+        return plain
+    return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", size)
 
 
 def _wrap(text: str, width: int, font: Font) -> list[str]:
