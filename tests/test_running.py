@@ -259,8 +259,9 @@ def test_classes_that_the_network_does_not_have(network, pictures, tmp_path):
     with pytest.raises(ValueError) as caught:  # noqa: PT011
         run(spec(model=network, data=pictures))
     assert str(caught.value) == (
-        "1 classes of the data are none of the classifier's: no class called 'newts'; did you mean newt?; rename the "
-        "folders, or read the data without labels (labels=false) and score the predicted class"
+        "1 classes of the data are none of the classifier's: no class called 'newts'; did you mean newt?; rename them, "
+        "or take a network of these classes; a folder can be read without labels (labels=false), and segment needs "
+        "none with --classes predicted"
     )
     made = run(spec(model=network, data={**pictures, "labels": False}, metrics=[{"name": "deletion", "steps": 2}]))
     assert made.scores.labels == (None,) * 5

@@ -301,12 +301,27 @@ def test_normalizations(curved):
         ("unit", (raw - raw.min()) / (raw.max() - raw.min())),
         ("none", raw),
     ):
-        found = segmentation(maps, curved, samples, normalize=normalize, thresholds=(0.3, 0.45, 0.9, 2.0))
+        levels = (0.3, 0.45, 0.9, 2.0 if normalize == "none" else 1.0)
+        found = segmentation(maps, curved, samples, normalize=normalize, thresholds=levels)
         inside = samples[0].mask == 2
-        for i, threshold in enumerate((0.3, 0.45, 0.9, 2.0)):
+        for i, threshold in enumerate(levels):
             predicted = expected[0] > threshold
             share_right = ratio(int((predicted & inside).sum()), int(predicted.sum()))
             same(found["fg_precision_micro"].curve[i], share_right)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        ({"threshold": 2.0}, r"expected a threshold in \[0, 1\], a share of a map's maximum, got 2\.0"),
+        ({"thresholds": (-0.1, 0.3), "normalize": "unit"}, r"in \[0, 1\], a share of a map's maximum, got -0\.1"),
+        ({"tau_cam": 2.0}, r"expected tau_cam in \(0, 1\], a share of the map's maximum, got 2\.0"),
+        ({"tau_sm": 0.0}, r"expected tau_sm in \(0, 1\]"),
+    ],
+)
+def test_shares_of_a_maximum_lie_between_none_and_all(curved, scenes, wrong, told):
+    with pytest.raises(ValueError, match=told):
+        segmentation(cam, curved, scenes, **wrong)
 
 
 def test_what_the_cam_finds_is_defined_by_its_maximum_whatever_the_method_s_normalization(curved, scenes, tables):

@@ -666,8 +666,8 @@ PLAIN = {"model": "creatures", "data": "creatures", "method": "cam"}
         ({**PLAIN, "threshold": [0.3, 0.1]}, ValueError, "low <= high"),
         ({**PLAIN, "threshold": float("nan")}, ValueError, "low <= high"),
         ({**PLAIN, "batch": 0}, ValueError, "batch >= 1"),
-        ({**PLAIN, "threshold": 2}, ValueError, r"expected a threshold in \[0, 1\), a share .* got 2"),
-        ({**PLAIN, "threshold": -0.1, "normalize": "unit"}, ValueError, r"in \[0, 1\), a share .* got -0\.1"),
+        ({**PLAIN, "threshold": 2}, ValueError, r"expected a threshold in \[0, 1\], a share .* got 2"),
+        ({**PLAIN, "threshold": -0.1, "normalize": "unit"}, ValueError, r"in \[0, 1\], a share .* got -0\.1"),
         ({**PLAIN, "images": -1}, ValueError, "images >= 0"),
         ({**PLAIN, "batch": 2.5}, TypeError, "batch: expected a whole number, got 2.5"),
         ({**PLAIN, "irn": 1}, TypeError, "expected irn to be one of npy, npz, or true or false, got 1"),
@@ -887,7 +887,7 @@ def test_each_threshold_has_a_crf_at_the_size_of_the_labels(library, pictures, t
     assert all(made.pixels.shape == (*sides, 3) for made in ran)
     assert np.abs(ran[0].pixels.mean((0, 1)) - 255 * sample.image.mean((1, 2)).numpy()).max() < 2
     kept = read_irn(tmp_path / "out" / "irn" / "common pip" / "0.npz")
-    assert torch.equal(kept.high_res, maps.float())
+    assert torch.equal(kept.high_res, maps.float().relu())
 
 
 @pytest.mark.parametrize(("asked", "divided"), [({}, False), ({"renormalize": True}, True)])

@@ -357,7 +357,7 @@ def segments(
     shows the photo. `names` are those of the classes.
 
     Raises:
-        ValueError: no method, a threshold outside [0, 1) of divided maps, an image without a mask, or a class that the
+        ValueError: no method, a threshold outside [0, 1] of divided maps, an image without a mask, or a class that the
             network does not have.
     """
     check_threshold("max" if normalize else "none", threshold)

@@ -96,7 +96,7 @@ def segmentation(
     *Differs:* the recalls are means over classes, of which the paper says nothing.
 
     Raises:
-        ValueError: thresholds that do not increase, or outside [0, 1) where maps are divided by their maximum, shares
+        ValueError: thresholds that do not increase, or outside [0, 1] where maps are divided by their maximum, shares
             of it outside (0, 1], an image without a mask or with a mask of another size, a class that the network does
             not have, a reference with other classes, settings of a CAM where the regions are cues, a data set that
             knows no cues, or no image.
@@ -144,9 +144,9 @@ def check_threshold(normalize: str, *levels: float) -> None:
     Raises:
         ValueError: no map, or every one, exceeds a threshold.
     """
-    if wrong := [level for level in levels if normalize != "none" and not 0 <= level < 1]:
+    if wrong := [level for level in levels if normalize != "none" and not 0 <= level <= 1]:
         raise ValueError(
-            f"expected a threshold in [0, 1), a share of a map's maximum, got {wrong[0]}; maps as they are take any "
+            f"expected a threshold in [0, 1], a share of a map's maximum, got {wrong[0]}; maps as they are take any "
             "(normalize=none)"
         )
 
