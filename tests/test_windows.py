@@ -238,11 +238,42 @@ def test_a_chain_may_be_written_in_any_way(modules, sides):
 
 
 BRANCHES = {
-    "residual": lambda m, x: m.a(x) + m.b(m.a(x)),
-    "joined": lambda m, x: m.b(torch.cat([m.a(x)[:, :2], m.a(x)[:, 2:]], 1)),
-    "gated": lambda m, x: m.a(x) * m.b(m.a(x)).sigmoid(),
-    "squared": lambda m, x: m.a(x) * m.a(x),
+    "residual": (lambda m, x: m.a(x) + m.b(m.a(x)), (5, 5)),
+    "joined": (lambda m, x: m.b(torch.cat([m.a(x)[:, :2], m.a(x)[:, 2:]], 1)), (5, 5)),
+    "split": (lambda m, x: m.b(torch.cat(m.a(x).split(2, 1)[::-1], 1)), (5, 5)),
+    "gated": (lambda m, x: m.a(x) * m.b(m.a(x)).sigmoid(), (5, 5)),
+    "squared": (lambda m, x: m.a(x) * m.a(x), (3, 3)),
+    "pooled": (lambda m, x: m.a(x) + F.max_pool2d(m.b(m.a(x)), 3, 1, 1), (7, 7)),
+    "projected": (lambda m, x: F.max_pool2d(m.a(x), 2) + F.avg_pool2d(m.b(m.a(x)), 3, 2, 1), (7, 7)),
+    "to the right": (lambda m, x: m.a(x) + m.b(F.pad(m.a(x), (4, -4, 0, 0))), (5, 8)),
+}
+
+
+@pytest.mark.parametrize(("module", "sides"), BRANCHES.values(), ids=BRANCHES)
+def test_branches_see_what_any_of_them_sees(module, sides):
+    found = written(module)
+    assert found.formula == found.pixels == sides
+
+
+@pytest.mark.parametrize("width", [4, 8])
+def test_the_formula_of_a_residual_network_is_that_of_its_longest_path(width):
+    model = mini_resnet(5, widths=(width,) * 4, size=96)
+    found = {one.layer: one for one in measured_windows(model, tries=3)}
+    side, jump = 1, 1
+    for stage in ("layer1", "layer2", "layer3", "layer4"):
+        assert found[stage].formula is not None
+        assert all(most >= seen for most, seen in zip(found[stage].formula, found[stage].pixels, strict=True))
+    for name, module in model.model.named_modules():
+        if isinstance(module, nn.Conv2d) and "down" not in name and "short" not in name and "skip" not in name:
+            side += (module.kernel_size[0] - 1) * jump
+            jump *= module.stride[0]
+    assert found["layer4"].formula == (side, side)
+
+
+WHOLE = {
     "squeezed": lambda m, x: m.a(x) - m.a(x).mean((2, 3), keepdim=True),
+    "one cell": lambda m, x: m.a(x) * F.conv2d(m.a(x), torch.ones(4, 4, 32, 40, dtype=x.dtype) / 1e3).sigmoid(),
+    "cut": lambda m, x: m.b(F.pad(m.a(x), (4, 0, 0, 0)))[:, :, :, 4:],
     "resized": lambda m, x: F.interpolate(m.a(x), scale_factor=0.5),
     "turned": lambda m, x: m.a(x).flip(2),
     "global": lambda m, x: F.adaptive_avg_pool2d(m.a(x), 4),
@@ -252,8 +283,8 @@ BRANCHES = {
 }
 
 
-@pytest.mark.parametrize("module", BRANCHES.values(), ids=BRANCHES)
-def test_what_is_no_chain_has_no_formula(module):
+@pytest.mark.parametrize("module", WHOLE.values(), ids=WHOLE)
+def test_what_moves_cells_or_sees_all_has_no_formula(module):
     assert written(module).formula is None
 
 
@@ -319,7 +350,7 @@ def test_the_command_prints_a_line_a_layer(capsys):
     assert "whole" in told
     assert "stem" not in told
     lines = [line.split() for line in told.splitlines()]
-    assert [line[-3:-1] for line in lines if line[:1] == ["layer2"]] == [["-", "12.9"]]
+    assert [line[-5:-1] for line in lines if line[:1] == ["layer2"]] == [["23", "x", "23", "12.9"]]
     command(["--model", "kernel_net?size=24&channels=4", "--layer", "layer2", "--tries", "3"], standalone_mode=False)
     (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("layer2"))
     assert line.count("5 x 5") == 3

@@ -25,18 +25,24 @@ from sightline.types import Features, Images
 Pair: TypeAlias = tuple[int, int]
 """Height and width."""
 
+Steps: TypeAlias = tuple[int, int, int, int]
+"""Kernel, stride, dilation and padding along one axis."""
+
 CONVOLUTION, POOLINGS = "ConvolutionBackward0", ("MaxPool2DWithIndicesBackward0", "AvgPool2DBackward0")
 """What autograd calls the operations that have a window."""
 
 POINTWISE = frozenset(
     f"{name}Backward0"
     for name in (
-        *("Add", "Sub", "Mul", "Div", "NativeBatchNorm", "ConstantPadNd", "Clone", "ToCopy"),
+        *("Add", "Sub", "Mul", "Div", "NativeBatchNorm", "Clone", "ToCopy"),
         *("Relu", "LeakyRelu", "PreluKernel", "Hardtanh", "Elu", "Gelu", "Silu", "Mish", "Softplus"),
         *("Hardswish", "Hardsigmoid", "Sigmoid", "Tanh"),
     )
 )
-"""Those that give every cell of the one map they read by itself: their other operands are constants."""
+"""Those that give every cell of the maps they read by itself."""
+
+CHANNELS, PADDING = ("CatBackward0", "SliceBackward0", "SplitBackward0"), "ConstantPadNdBackward0"
+"""Those that do so along the channels, and the one that moves cells."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +52,9 @@ class Window:
     `cells` is how far the cells reach that depend on the pixel in the middle of the image, `pixels` how far the pixels
     reach on which the cell in the middle of the layer depends; what lies outside the image counts in neither. `share`
     is how many of the image's pixels these are, in percent: with holes (dilation) fewer than in the box. `formula` is
-    the most that `pixels` can be, not cut off at the border, where the layer stands behind a chain of convolutions and
-    poolings (see `window`), and None where it does not: branches that meet (residuals), attention, what sees all.
+    the most that `pixels` can be, not cut off at the border, where the layer stands behind convolutions and poolings:
+    `window`, over all paths where branches meet (residuals). It is None behind what sees all (attention, gates that
+    know the whole image) and what moves cells (resizing, transposed convolutions, mirroring).
     """
 
     layer: str
@@ -208,53 +215,93 @@ def support(value: Tensor, x: Images) -> Bool[Tensor, "h w"]:
 
 
 def counted(classifier: Classifier, layers: Sequence[Layer], x: Images) -> dict[str, Pair | None]:
-    """Return the sides of what a cell of each layer sees by the formula; None where there is no chain."""
+    """Return the sides of what a cell of each layer sees by the formula; None where there is none."""
     with capture(classifier.model, [one.name for one in layers]) as found:
         classifier(x.requires_grad_())
-    return {one.name: sides(chain(found[one.name])) for one in layers}
+    return {one.name: sides(reaches(found[one.name])) for one in layers}
 
 
-def sides(layers: Sequence[tuple[Pair, ...]] | None) -> Pair | None:
-    """Return `window` of both axes."""
-    if layers is None:
+@dataclass(frozen=True)
+class Reach:
+    """What cells see along one axis: cell i the pixels from stride i + low to stride i + high, at most."""
+
+    stride: int = 1
+    low: int = 0
+    high: int = 0
+
+    def behind(self, kernel: int, stride: int, dilation: int, padding: int) -> "Reach":
+        """Return what cells of a convolution or pooling of these see; its cell i begins at stride i - padding."""
+        low, high = -padding, dilation * (kernel - 1) - padding
+        return Reach(self.stride * stride, self.low + self.stride * low, self.high + self.stride * high)
+
+
+Reaches: TypeAlias = tuple[Reach, Reach]
+"""Down and across."""
+
+
+def sides(reach: Reaches | None) -> Pair | None:
+    """Return how many pixels a cell sees at most, height and width."""
+    return None if reach is None else (reach[0].high - reach[0].low + 1, reach[1].high - reach[1].low + 1)
+
+
+def reaches(output: Tensor) -> Reaches | None:
+    """Return what the cells of an output see: `window`, over all paths from the image.
+
+    Autograd's graph of a run, of which the image is the only leaf, tells what reads what. None unless all operations
+    are convolutions, poolings, pointwise or among channels, of maps on one grid where several meet.
+    """
+    known: dict[Any, Reaches | None] = {}
+    waiting: list[Any] = [output.grad_fn]
+    while waiting:
+        read = [one for one, _ in waiting[-1].next_functions if one is not None]
+        if left := [one for one in read if one not in known]:
+            waiting += left
+        else:
+            node = waiting.pop()
+            known[node] = passed(node, [known[one] for one in read]) if read else (Reach(), Reach())
+    return known[output.grad_fn]
+
+
+def passed(node: Any, read: Sequence[Reaches | None]) -> Reaches | None:
+    """Return what the cells of an operation see, of what those see that it reads; None where that is not known."""
+    met = joined(node, read)
+    steps = None if met is None else form(node)
+    return None if met is None or steps is None else (met[0].behind(*steps[0]), met[1].behind(*steps[1]))
+
+
+def joined(node: Any, read: Sequence[Reaches | None]) -> Reaches | None:
+    """Return what cells at one place of several maps see together; None of maps on different grids."""
+    known = [one for one in read if one is not None]
+    grids = {tuple(one._input_metadata[i].shape[2:]) for one, i in node.next_functions if one is not None}
+    strides = {(down.stride, across.stride) for down, across in known}
+    if len(known) < len(read) or len(grids) > 1 or len(strides) > 1:
         return None
-    down, across = (window([tuple(pair[axis] for pair in one) for one in layers]) for axis in (0, 1))
+    down, across = (
+        Reach(axis[0].stride, min(one.low for one in axis), max(one.high for one in axis))
+        for axis in zip(*known, strict=True)
+    )
     return down, across
 
 
-def chain(output: Tensor) -> list[tuple[Pair, ...]] | None:
-    """Return kernel, stride and dilation of the convolutions and poolings from the image to an output.
-
-    Autograd's graph of a run, of which the image is the only leaf, tells what reads what. None unless each operation
-    reads one map alone and is a convolution, a pooling or pointwise.
-    """
-    node: Any = output.grad_fn
-    found: list[tuple[Pair, ...]] = []
-    while node is not None:
-        before = [one for one, _ in node.next_functions if one is not None]
-        if not before:
-            return found[::-1]
-        if len(before) > 1 or (one := form(node)) is None:
-            return None
-        found += one
-        (node,) = before
-    return None
-
-
-def form(node: Any) -> list[tuple[Pair, ...]] | None:
-    """Return what an operation adds to a chain: its window, nothing where it is pointwise; None for any other one."""
+def form(node: Any) -> tuple[Steps, Steps] | None:
+    """Return kernel, stride, dilation and padding of an operation, down and across; None where it is none of them."""
     kind: str = node.name()
-    if kind in POINTWISE:
-        return None if getattr(node, "_saved_training", False) else []
+    kernel: Pair = (1, 1)
+    if kind in POINTWISE or (kind in CHANNELS and node._saved_dim == 1):
+        return None if getattr(node, "_saved_training", False) else ((1, 1, 1, 0), (1, 1, 1, 0))
+    if kind == PADDING:
+        left, _, above, _ = (*node._saved_pad, 0, 0, 0, 0)[:4]
+        return (1, 1, 1, above), (1, 1, 1, left)
     if kind == CONVOLUTION and not node._saved_transposed:
-        kernel: Pair = tuple(node._saved_weight.shape[2:])
+        kernel = tuple(node._saved_weight.shape[2:])
     elif kind in POOLINGS:
         kernel = tuple(node._saved_kernel_size)
     else:
         return None
     stride: Pair = tuple(node._saved_stride) or kernel
     dilation: Pair = (1, 1) if kind == "AvgPool2DBackward0" else tuple(node._saved_dilation)
-    return [(kernel, stride, dilation)]
+    down, across = zip(kernel, stride, dilation, tuple(node._saved_padding), strict=True)
+    return down, across
 
 
 def united(layer: Layer, found: Sequence[Supports], size: Pair, formula: Pair | None) -> Window:

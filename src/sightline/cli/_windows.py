@@ -18,8 +18,8 @@ def command(model: str, layers: tuple[str, ...], tries: int, seed: int) -> None:
     image, and how many pixels the cell in the middle of the layer depends on (height x width).
 
     They are where exact gradients are not zero: at least as large as shown, and more --tries find all of it. By formula
-    is how many pixels a cell sees at most behind a chain of convolutions and poolings, the border of the image apart;
-    "-" where there is no chain, as where branches meet.
+    is how many pixels a cell sees at most behind convolutions and poolings, the border of the image apart; "-" behind
+    what sees all, such as attention.
     """
     from rich.console import Console
 
