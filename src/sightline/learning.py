@@ -34,7 +34,7 @@ from sightline.protocols import PROTOCOLS
 from sightline.recipes import Recipe
 from sightline.registry import find
 from sightline.running import labeled, metric_of, protocol_of, reader_of
-from sightline.runs import Choice, write_bytes, write_text
+from sightline.runs import Choice, read_claim, write_bytes, write_text
 from sightline.settings import bind
 from sightline.training import Metrics, Progress, remember
 
@@ -112,7 +112,7 @@ def claim(kind: str, recipe: Recipe, folder: Path) -> None:
     text, path = json.dumps(told, indent=1, sort_keys=True, default=list) + "\n", folder / CLAIM
     begun = path.exists() and any(one.name not in (CLAIM, "logs") for one in folder.iterdir())
     new = json.loads(text)
-    old = {"manifests": new["manifests"], **json.loads(path.read_text(encoding="utf-8"))} if begun else new
+    old = {"manifests": new["manifests"], **read_claim(path)} if begun else new
     if names := [name for name in sorted({*old, *new}) if old.get(name) != new.get(name)]:
         differ = "; ".join(f"{name} was {old.get(name)} and is {new.get(name)}" for name in names)
         raise ValueError(f"{folder} belongs to another training: {differ}; delete it, or take another --out")

@@ -10,7 +10,7 @@ import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
-from functools import partial
+from functools import cached_property, partial
 from importlib.metadata import PackageNotFoundError, version
 from itertools import accumulate
 from pathlib import Path
@@ -77,7 +77,7 @@ class Choice:
 def split(text: str, mark: str, most: int = -1) -> list[str]:
     """Split a text, at most so many times, at the marks that stand in no parentheses; odd ones are letters."""
     depths = depths_of(text)
-    odd = min(depths, default=0) < 0 or depths[-1:] not in ([], [0])
+    odd = bool(depths) and (min(depths) < 0 or depths[-1] != 0)
     places = [i for i, letter in enumerate(text) if letter == mark and (odd or depths[i] == 0)]
     ends = [*places[: len(places) if most < 0 else most], len(text)]
     return [text[start:end] for start, end in zip([0, *(end + 1 for end in ends)], ends, strict=False)]
@@ -266,7 +266,7 @@ class Scores:
                 return score
         raise LookupError(f"no score called {metric!r}; there are {[score.metric.name for score in self.scores]}")
 
-    @property
+    @cached_property
     def right(self) -> tuple[bool | None, ...]:
         """Whether the predicted class is in each image; None without labels or without a classifier."""
         among = self.among or (None,) * len(self.ids)
@@ -321,6 +321,19 @@ class Run:
             return cls(**{**table, "spec": Spec.of(table["spec"]), "scores": Scores(**{**scores, **listed})})
         except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} is not a run: {error}; runs are written by `sightline evaluate`") from error
+
+
+def read_claim(path: Path) -> dict[str, Any]:
+    """Read what a folder belongs to.
+
+    Raises:
+        ValueError: the file is broken.
+    """
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is broken ({error}); delete its folder, or take another --out") from error
+    return found
 
 
 def without_none(value: Any) -> Any:

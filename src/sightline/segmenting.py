@@ -49,6 +49,7 @@ from sightline.runs import (
     Spec,
     arguments,
     provenance,
+    read_claim,
     read_toml,
     without_none,
     write_bytes,
@@ -537,19 +538,6 @@ def claim(work: Work) -> None:
         raise ValueError(f"{work.folder} belongs to another segmenting: {told}; delete it, or take another --out")
     if not path.exists() or path.read_text(encoding="utf-8") != text:
         write_text(path, text)
-
-
-def read_claim(path: Path) -> dict[str, Any]:
-    """Read what a folder belongs to.
-
-    Raises:
-        ValueError: the file is broken.
-    """
-    try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is broken ({error}); delete its folder, or take another --out") from error
-    return found
 
 
 def differences(old: Any, new: Any, name: str = "") -> Iterator[tuple[str, str]]:

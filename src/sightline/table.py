@@ -227,7 +227,7 @@ def fixed(value: float, decimals: int) -> str:
 def summary(table: Table) -> str:
     """Say in one sentence what a table is about."""
     models = table.models or (table.rows[0].run,)
-    spec, images = models[0].spec, _count(len(models[0].scores.ids), "image")
+    spec, images = models[0].spec, plural(len(models[0].scores.ids), "image")
     who = [_counted(table.methods, "method"), _counted(table.controls, "control")]
     verb = "explains" if len(table.rows) == 1 else "explain"
     whom = " and ".join(named(run.spec.model) for run in models)
@@ -372,10 +372,11 @@ def _shown(value: Any) -> str:
 def _counted(rows: Sequence[Row], noun: str) -> str:
     """Count the methods of rows, and the rows where a method has several; nothing for no rows."""
     count = len({row.run.spec.method.name for row in rows})
-    return (_count(count, noun) + (f" in {len(rows)} settings" if len(rows) > count else "")) if rows else ""
+    return (plural(count, noun) + (f" in {len(rows)} settings" if len(rows) > count else "")) if rows else ""
 
 
-def _count(number: int, noun: str) -> str:
+def plural(number: int, noun: str) -> str:
+    """Write a number of things."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 

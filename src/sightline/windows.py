@@ -286,14 +286,13 @@ def joined(node: Any, read: Sequence[Reaches | None]) -> Reaches | None:
 def form(node: Any) -> tuple[Steps, Steps] | None:
     """Return kernel, stride, dilation and padding of an operation, down and across; None where it is none of them."""
     kind: str = node.name()
-    kernel: Pair = (1, 1)
     if kind in POINTWISE or (kind in CHANNELS and node._saved_dim == 1):
         return None if getattr(node, "_saved_training", False) else ((1, 1, 1, 0), (1, 1, 1, 0))
     if kind == PADDING:
         left, _, above, _ = (*node._saved_pad, 0, 0, 0, 0)[:4]
         return (1, 1, 1, above), (1, 1, 1, left)
     if kind == CONVOLUTION and not node._saved_transposed:
-        kernel = tuple(node._saved_weight.shape[2:])
+        kernel: Pair = tuple(node._saved_weight.shape[2:])
     elif kind in POOLINGS:
         kernel = tuple(node._saved_kernel_size)
     else:

@@ -329,6 +329,7 @@ def drawn(
     from sightline import viz
     from sightline.gallery import stacked
     from sightline.runs import describe, strict, write_bytes, write_text
+    from sightline.table import plural
 
     plates = {one.title: plate(one, functions, indices, look, record) for one in stages}
     first = plates[stages[0].title]
@@ -342,8 +343,7 @@ def drawn(
     write_bytes(page, viz.png((gallery.turned() if look.turn else gallery).sheet()))
     write_text(page.with_suffix(".json"), text + "\n")
     methods = dict.fromkeys(name for one in plates.values() for name in one.methods)
-    count = f"{len(indices)} image{'' if len(indices) == 1 else 's'}"
-    click.echo(f"{page}: {count}; {', '.join(methods)}")
+    click.echo(f"{page}: {plural(len(indices), 'image')}; {', '.join(methods)}")
 
 
 def plate(
